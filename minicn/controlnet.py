@@ -1,0 +1,149 @@
+"""ControlNet: a trainable copy of the U-Net's encoder, joined to the locked model by zero convolutions.
+
+Source: Zhang and Agrawala, arXiv:2302.05543v1, eqs. (2) to (9); the module names are those of the published
+checkpoints. `ControlledBlock` is eq. (2) for any block, `ControlNet` the same idea for the U-Net of Stable Diffusion.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from minicn.unet import UNet, UNetConfig, build_encoder, check_inputs, timestep_embedding, zero_module
+
+
+def zero_conv(c_in: int, c_out: int | None = None, kernel_size: int = 1) -> nn.Conv2d:
+    """Return a convolution whose weight and bias start at zero, eq. (5).
+
+    Its output is zero at first, yet its weight's gradient is its input times the gradient behind it, eq. (6): it learns
+    from the first step on.
+    """
+    return zero_module(nn.Conv2d(c_in, c_out or c_in, kernel_size, padding=kernel_size // 2))
+
+
+def zero_linear(dim_in: int, dim_out: int | None = None) -> nn.Linear:
+    """Return a zero convolution for tokens (B, N, C), where a 1x1 convolution is a linear layer."""
+    return zero_module(nn.Linear(dim_in, dim_out or dim_in))
+
+
+class ControlledBlock(nn.Module):
+    """Eq. (2): y_c = F(x; T) + Z(F(x + Z(c; T_z1); T_c); T_z2), for any block F.
+
+    block  any nn.Module of one tensor (further arguments are passed on); it is locked, and a copy of it learns.
+    c_in, c_out  widths of x and of F(x)
+    zero   makes the zero convolutions: `zero_conv` for maps (B, C, H, W), `zero_linear` for tokens (B, N, C)
+    """
+
+    def __init__(
+        self, block: nn.Module, c_in: int, c_out: int | None = None, zero: Callable[[int, int], nn.Module] = zero_conv
+    ):
+        super().__init__()
+        self.copy = copy.deepcopy(block).requires_grad_(True)  # T_c
+        self.locked = block.requires_grad_(False).eval()  # T
+        self.zero_in = zero(c_in, c_in)  # T_z1
+        self.zero_out = zero(c_out or c_in, c_out or c_in)  # T_z2
+
+    def train(self, mode: bool = True) -> "ControlledBlock":
+        super().train(mode)
+        self.locked.eval()  # a locked batch norm must not go on counting
+        return self
+
+    def forward(self, x: Tensor, c: Tensor, *args) -> Tensor:
+        y = self.locked(x, *args)
+        return y + self.zero_out(self.copy(x + self.zero_in(c), *args))
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """Shape of a ControlNet; the defaults are the published ones for Stable Diffusion 1.5."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    hint_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths of the hint encoder, at 1, 1/2, 1/4, 1/8 of the size
+    paper_hint_encoder: bool = False  # the 4x4 convolutions that the paper describes
+
+
+class HintEncoder(nn.Sequential):
+    """E of eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
+
+    Paper vs code: the paper describes 4x4 stride-2 convolutions with ReLU; the released weights were trained with eight
+    3x3 ones and SiLU, three of stride 2. The weights decide; `paper=True` is the paper's. (It writes of four widths, 16
+    to 128, which would shrink 512 pixels to 32, not 64; three reach the latents' size.)
+    """
+
+    def __init__(self, c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False):
+        if paper:
+            layers, width = [], 3
+            for c in (16, 32, 64):
+                layers += [nn.Conv2d(width, c, 4, stride=2, padding=1), nn.ReLU()]
+                width = c
+            super().__init__(*layers, zero_conv(width, c_out))
+            return
+        layers = [nn.Conv2d(3, channels[0], 3, padding=1), nn.SiLU()]
+        for c, wider in zip(channels[:-1], channels[1:], strict=True):
+            layers += [nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, wider, 3, stride=2, padding=1), nn.SiLU()]
+        # Paper vs code: this zero convolution is 3x3, the thirteen others are 1x1.
+        super().__init__(*layers, zero_conv(channels[-1], c_out, kernel_size=3))
+
+
+class ControlNet(nn.Module):
+    """Turn (noisy latents, hint, timestep, text) into the 13 residuals that steer the locked U-Net."""
+
+    def __init__(self, cfg: ControlNetConfig | None = None):
+        super().__init__()
+        self.cfg = cfg = cfg or ControlNetConfig()
+        self.time_embed, self.input_blocks, self.middle_block, skips = build_encoder(cfg.unet)
+        self.input_hint_block = HintEncoder(cfg.unet.model_channels, cfg.hint_channels, cfg.paper_hint_encoder)
+        self.zero_convs = nn.ModuleList(nn.Sequential(zero_conv(c)) for c in skips)  # Compat: key zero_convs.{i}.0
+        self.middle_block_out = nn.Sequential(zero_conv(skips[-1]))
+
+    @classmethod
+    def from_unet(
+        cls, unet: UNet, *, hint_channels: tuple[int, ...] = (16, 32, 96, 256), paper_hint_encoder: bool = False
+    ) -> "ControlNet":
+        """Make the trainable copy of a U-Net's encoder, in its dtype and on its device; the U-Net is left as it is."""
+        net = cls(ControlNetConfig(unet.cfg, hint_channels, paper_hint_encoder))
+        for part in ("time_embed", "input_blocks", "middle_block"):
+            getattr(net, part).load_state_dict(getattr(unet, part).state_dict())
+        like = next(unet.parameters())
+        return net.to(like.device, like.dtype)
+
+    def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+        """Return 12 residuals for the skips, then 1 for the middle block.
+
+        x          (B, 4, h, w)    noisy latents
+        hint       (B, 3, 8h, 8w)  in [0, 1]
+        timesteps  (B,)            0 to 999
+        context    (B, 77, 768)    text features, the same as the U-Net's
+        Raises ValueError for inputs that do not fit the model or each other.
+        """
+        check_inputs(self.cfg.unet, x, timesteps, context)
+        check_hint(hint, x)
+        emb = self.time_embed(timestep_embedding(timesteps, self.cfg.unet.model_channels).to(x.dtype))
+        # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after.
+        h = self.input_blocks[0](x, emb, context) + self.input_hint_block(hint)
+        control = [self.zero_convs[0](h)]
+        for block, zero in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
+            h = block(h, emb, context)
+            control.append(zero(h))
+        h = self.middle_block(h, emb, context)
+        return [*control, self.middle_block_out(h)]
+
+
+def check_hint(hint: Tensor, latents: Tensor) -> None:
+    """Raise ValueError for a hint of another shape than (B, 3, 8h, 8w).
+
+    The stride-2 convolutions alone would take 121 to 128 pixels for 16 latents, and shift the geometry silently.
+    """
+    if hint.ndim != 4 or hint.shape[1] != 3:
+        raise ValueError(
+            f"hint has shape {tuple(hint.shape)}, but a ControlNet takes (B, 3, H, W): make it RGB (conditions.load_hint)"
+        )
+    height, width = 8 * latents.shape[-2], 8 * latents.shape[-1]
+    if hint.shape[-2:] != (height, width):
+        raise ValueError(
+            f"hint is {hint.shape[-2]}x{hint.shape[-1]} pixels, but latents {tuple(latents.shape)} "
+            f"need {height}x{width}: resize the hint first (conditions.resize_hint)"
+        )
+    if hint.shape[0] not in (1, latents.shape[0]):
+        raise ValueError(f"{hint.shape[0]} hints for {latents.shape[0]} latents: give one hint, or one for each")
