@@ -1,0 +1,34 @@
+"""minicn: ControlNet on Stable Diffusion 1.5, from scratch, in plain PyTorch.
+
+Public names: the models, the pipeline that joins them, and the modules `conditions`, `ddim`, `measures` and `toy`.
+"""
+
+from minicn import conditions, ddim, measures, toy
+from minicn.clip import TextConfig, TextEncoder
+from minicn.controlnet import ControlledBlock, ControlNet, ControlNetConfig, HintEncoder, zero_conv, zero_linear
+from minicn.pipeline import StableDiffusion
+from minicn.tokenizer import Tokenizer
+from minicn.unet import UNet, UNetConfig
+from minicn.vae import VAE, VAEConfig
+
+__all__ = [
+    "ControlNet",
+    "ControlNetConfig",
+    "ControlledBlock",
+    "HintEncoder",
+    "StableDiffusion",
+    "TextConfig",
+    "TextEncoder",
+    "Tokenizer",
+    "UNet",
+    "UNetConfig",
+    "VAE",
+    "VAEConfig",
+    "conditions",
+    "ddim",
+    "measures",
+    "toy",
+    "zero_conv",
+    "zero_linear",
+]
+__version__ = "0.1.0"

@@ -5,11 +5,15 @@ checkpoints. `ControlledBlock` is eq. (2) for any block, `ControlNet` the same i
 """
 
 import copy
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from minicn import weights
 from minicn.unet import UNet, UNetConfig, build_encoder, check_inputs, timestep_embedding, zero_module
 
 
@@ -107,6 +111,67 @@ class ControlNet(nn.Module):
             getattr(net, part).load_state_dict(getattr(unet, part).state_dict())
         like = next(unet.parameters())
         return net.to(like.device, like.dtype)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        unet: UNet | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "ControlNet":
+        """Load a ControlNet: a diffusers folder, a .safetensors file of either layout, or "toy-canny".
+
+        unet  the U-Net to be controlled; the ControlNet must fit its widths
+        Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit.
+        """
+        path = Path(source)
+        if str(source).startswith("toy-"):
+            path = weights.TOY_CONTROLNETS / str(source).removeprefix("toy-")
+            if not path.is_dir():
+                there = ", ".join(sorted(f"toy-{folder.name}" for folder in weights.TOY_CONTROLNETS.glob("*/")))
+                raise FileNotFoundError(f"there is no ControlNet {source}; those that ship: {there or 'none'}")
+        if path.is_dir():
+            config = weights.read_json(path / "config.json")
+            cfg = ControlNetConfig(
+                UNetConfig(**weights.unet_fields(config, path / "config.json")),
+                tuple(config.get("conditioning_embedding_out_channels", ControlNetConfig.hint_channels)),
+            )
+            path = path / "diffusion_pytorch_model.safetensors"
+            state, _ = weights.read(path)
+        else:
+            state, metadata = weights.read(path)
+            if "minicn" not in metadata:
+                raise ValueError(f"{path} does not say its shape: name a diffusers folder or a file that minicn wrote")
+            fields = json.loads(metadata["minicn"])
+            unet_fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("unet").items()}
+            cfg = ControlNetConfig(UNetConfig(**unet_fields), **fields | {"hint_channels": tuple(fields["hint_channels"])})
+        if unet is not None and unet.cfg != cfg.unet:
+            raise ValueError(f"{path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
+        with torch.device("meta"):
+            net = cls(cfg)
+        if "conv_in.weight" in state:
+            state = weights.from_diffusers("controlnet", state, net.state_dict())
+        weights.load_into(net, state, path, dtype)
+        return net.to(device).eval()
+
+    def save(self, path: str | Path, layout: str = "ldm", dtype: torch.dtype | None = None) -> None:
+        """Write the weights, in their own precision unless `dtype` is given.
+
+        path    layout "ldm": a .safetensors file, with our own names; "diffusers": a folder with config.json
+        Raises ValueError for another layout, or the paper's hint encoder in diffusers, which has none.
+        """
+        state = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.state_dict().items()}
+        if layout == "ldm":
+            weights.write(path, state, {"minicn": json.dumps(asdict(self.cfg))})
+        elif layout == "diffusers":
+            if self.cfg.paper_hint_encoder:
+                raise ValueError('diffusers has no place for the hint encoder of the paper: save with layout "ldm"')
+            weights.write_json(Path(path) / "config.json", weights.controlnet_config(self.cfg))
+            file = Path(path) / "diffusion_pytorch_model.safetensors"
+            weights.write(file, weights.to_diffusers("controlnet", state))
+        else:
+            raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
 
     def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
         """Return 12 residuals for the skips, then 1 for the middle block.

@@ -6,14 +6,26 @@ prompts dropped for classifier-free guidance (Ho and Salimans, arXiv:2207.12598)
 perceptual loss of the autoencoder; an L1 loss on differences of neighbouring pixels keeps the edges sharp instead.
 """
 
+import copy
+from collections import Counter
+from pathlib import Path
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import toy
+from minicn import ddim, toy
+from minicn.clip import TextConfig, TextEncoder
+from minicn.pipeline import StableDiffusion
+from minicn.tokenizer import Tokenizer, byte_letters
+from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
 TOY_VAE = VAEConfig(channels=(16, 32, 64, 96), norm_num_groups=4)
+TOY_UNET = UNetConfig(model_channels=32, num_heads=2, context_dim=64, norm_num_groups=8)
+TOY_TEXT = dict(hidden_size=64, intermediate_size=256, num_layers=3, num_heads=2)  # vocabulary: what is learned
+DROP_PROMPT = 0.1  # share of empty prompts, so that guidance has an unconditional prediction to start from
 
 
 def render(count: int, split: str = "train") -> tuple[Tensor, list[str]]:
@@ -111,3 +123,90 @@ def encode_all(vae: VAE, images: Tensor, device: torch.device, batch_size: int =
         batch = (batch.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         chunks.append(vae.encode(batch)[0].cpu() * vae.cfg.scaling_factor)
     return torch.cat(chunks)
+
+
+def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
+    """Learn byte pairs until every word of the texts is one token: merge the commonest pair, again and again.
+
+    Source: Sennrich et al., arXiv:1508.07909, algorithm 1.
+    """
+    letters = byte_letters()
+    counts = Counter(word for text in texts for word in text.replace(",", " ,").split())
+    words = {word: [letters[b] for b in word.encode()] for word in counts}
+    for parts in words.values():
+        parts[-1] += "</w>"
+    merges = []
+    while any(len(parts) > 1 for parts in words.values()):
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:], strict=False):
+                pairs[pair] += counts[word]
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(best)
+        for parts in words.values():
+            i = 0
+            while i < len(parts) - 1:
+                if (parts[i], parts[i + 1]) == best:
+                    parts[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
+def train_unet(
+    latents: Tensor,
+    captions: list[str],
+    tokenizer: Tokenizer,
+    steps: int,
+    device: torch.device,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+) -> tuple[UNet, TextEncoder]:
+    """Train U-Net and text transformer together; return their moving averages.
+
+    latents  (N, 4, 16, 16)  scaled latents of the pictures with these captions
+    """
+    tokens, empty = tokenizer(captions), tokenizer([""])
+    abar = ddim.alphas_cumprod().to(device)
+    text = TextEncoder(TextConfig(vocab_size=len(tokenizer.vocab), **TOY_TEXT))
+    model = nn.ModuleDict({"unet": UNet(TOY_UNET), "text": text}).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
+    bar = tqdm(range(steps), desc="U-Net", unit="step")
+    smooth = 1.0
+    for step in bar:
+        chosen = torch.randint(len(latents), (batch_size,))
+        dropped = torch.rand(batch_size, 1) < DROP_PROMPT
+        context = model["text"](torch.where(dropped, empty, tokens[chosen]).to(device))
+        x_0 = latents[chosen].to(device).contiguous(memory_format=torch.channels_last)
+        t, eps = torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (batch_size,), device=device), torch.randn_like(x_0)
+        loss = F.mse_loss(model["unet"](ddim.add_noise(x_0, eps, abar[t]), t, context), eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - min(0.999, step / (step + 9)))
+        if step % 20 == 0:
+            smooth += (loss.item() - smooth) * max(0.05, 1 / (step // 20 + 1))
+            bar.set_postfix(loss=f"{smooth:.4f}")
+    return average["unet"].eval(), average["text"].eval()
+
+
+def train_base(output: Path, scenes: int, vae_steps: int, unet_steps: int, batch_size: int, device: torch.device) -> None:
+    """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept."""
+    finished = output / "vae.pt"
+    images, captions = render(scenes)
+    if finished.is_file():
+        vae = VAE(TOY_VAE).to(device, memory_format=torch.channels_last).eval()
+        vae.load_state_dict(torch.load(finished, weights_only=True))
+    else:
+        vae = train_vae(images, vae_steps, device)
+        normalise_latents(vae, images[:1000], device)
+        output.mkdir(parents=True, exist_ok=True)
+        torch.save(vae.state_dict(), finished)
+    tokenizer = Tokenizer.from_merges(learn_merges(toy.captions()))
+    latents = encode_all(vae, images, device)
+    unet, text_encoder = train_unet(latents, captions, tokenizer, unet_steps, device, batch_size)
+    StableDiffusion(unet, vae, text_encoder, tokenizer).save(output, dtype=torch.float16)
