@@ -69,7 +69,7 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
     if hint.ndim != 4 or hint.shape[1] != 3 or not hint.is_floating_point():
         raise ValueError(f"hint is {hint.dtype} of shape {tuple(hint.shape)}, but must be float of shape (B, 3, H, W)")
     low, high = hint.min().item(), hint.max().item()
-    if not (0 <= low and high <= 1):
+    if not (low >= 0 and high <= 1):
         raise ValueError(f"hint has values from {low:.3g} to {high:.3g}, but they must lie in [0, 1]: divide by 255")
     return hint.float()
 

@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from minicn import ddim, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
+from minicn.training import encode
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
@@ -26,17 +28,6 @@ TOY_VAE = VAEConfig(channels=(16, 32, 64, 96), norm_num_groups=4)
 TOY_UNET = UNetConfig(model_channels=32, num_heads=2, context_dim=64, norm_num_groups=8)
 TOY_TEXT = dict(hidden_size=64, intermediate_size=256, num_layers=3, num_heads=2)  # vocabulary: what is learned
 DROP_PROMPT = 0.1  # share of empty prompts, so that guidance has an unconditional prediction to start from
-
-
-def render(count: int, split: str = "train") -> tuple[Tensor, list[str]]:
-    """Return `count` toy pictures, uint8 (count, 3, 128, 128), and their captions."""
-    images = torch.empty(count, 3, toy.SIZE, toy.SIZE, dtype=torch.uint8)
-    captions = []
-    for i in tqdm(range(count), desc="rendering", unit="scene"):
-        scene = toy.scene(i, split)
-        images[i] = torch.from_numpy(scene.image).permute(2, 0, 1)
-        captions.append(scene.caption)
-    return images, captions
 
 
 def init_vae(vae: VAE) -> None:
@@ -98,14 +89,14 @@ def train_vae(images: Tensor, steps: int, device: torch.device, batch_size: int 
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, images: Tensor, device: torch.device) -> None:
+def normalise_latents(vae: VAE, images: Tensor) -> None:
     """Fold a shift and a scale into the 1x1 convolutions around the latents, so that 0.18215 makes them N(0, 1).
 
     Stable Diffusion's factor 0.18215 is 1 / std of its own latents; with this the toy's has the same meaning and size.
     """
-    means = encode_all(vae, images, device) / vae.cfg.scaling_factor
-    shift = means.mean((0, 2, 3)).to(device)
-    scale = 1 / (means.std((0, 2, 3)).to(device) * vae.cfg.scaling_factor)
+    means = encode(vae, images) / vae.cfg.scaling_factor
+    shift = means.mean((0, 2, 3)).to(vae.quant_conv.weight.device)
+    scale = 1 / (means.std((0, 2, 3)).to(shift.device) * vae.cfg.scaling_factor)
     n = vae.cfg.latent_channels
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.bias[:n] = (quant.bias[:n] - shift) * scale
@@ -113,16 +104,6 @@ def normalise_latents(vae: VAE, images: Tensor, device: torch.device) -> None:
     quant.bias[n:] += 2 * scale.log()
     post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
     post.weight /= scale[None, :, None, None]
-
-
-@torch.no_grad()
-def encode_all(vae: VAE, images: Tensor, device: torch.device, batch_size: int = 32) -> Tensor:
-    """Return the scaled latent means (N, 4, H/8, W/8) of pictures (N, 3, H, W) uint8, on the CPU."""
-    chunks = []
-    for batch in tqdm(images.split(batch_size), desc="encoding", unit="batch"):
-        batch = (batch.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        chunks.append(vae.encode(batch)[0].cpu() * vae.cfg.scaling_factor)
-    return torch.cat(chunks)
 
 
 def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
@@ -194,19 +175,23 @@ def train_unet(
     return average["unet"].eval(), average["text"].eval()
 
 
-def train_base(output: Path, scenes: int, vae_steps: int, unet_steps: int, batch_size: int, device: torch.device) -> None:
+def train_base(
+    output: Path, scenes: int, vae_steps: int, unet_steps: int, batch_size: int, lr: float, device: torch.device
+) -> None:
     """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept."""
+    drawn = toy.scenes(scenes)
+    images = torch.from_numpy(np.stack([scene.image for scene in drawn])).permute(0, 3, 1, 2).contiguous()
+    captions = [scene.caption for scene in drawn]
+    del drawn
     finished = output / "vae.pt"
-    images, captions = render(scenes)
     if finished.is_file():
         vae = VAE(TOY_VAE).to(device, memory_format=torch.channels_last).eval()
         vae.load_state_dict(torch.load(finished, weights_only=True))
     else:
         vae = train_vae(images, vae_steps, device)
-        normalise_latents(vae, images[:1000], device)
+        normalise_latents(vae, images[:1000])
         output.mkdir(parents=True, exist_ok=True)
         torch.save(vae.state_dict(), finished)
     tokenizer = Tokenizer.from_merges(learn_merges(toy.captions()))
-    latents = encode_all(vae, images, device)
-    unet, text_encoder = train_unet(latents, captions, tokenizer, unet_steps, device, batch_size)
+    unet, text_encoder = train_unet(encode(vae, images), captions, tokenizer, unet_steps, device, batch_size, lr)
     StableDiffusion(unet, vae, text_encoder, tokenizer).save(output, dtype=torch.float16)

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from tqdm import tqdm
+
+from minicn import conditions
 
 SIZE = 128  # pixels a side: 16x16 latents, as 512 pixels are 64x64 latents in Stable Diffusion
 SUPERSAMPLE = 2  # samples a pixel along each axis
@@ -39,10 +42,26 @@ SHADES = (0.45, 0.6, 0.75, 0.9, 1.0)  # brightnesses at which `name_colours` kno
 
 # OpenPose's 18 points, in its order, for a person 1 tall, standing at x = 0; y is up from the ground. "R" is the
 # person's own right, to the left in the picture. Arms and legs are drawn from joints, see `_pose`.
-KEYPOINTS = (
-    "nose neck r_shoulder r_elbow r_wrist l_shoulder l_elbow l_wrist r_hip r_knee r_ankle l_hip l_knee l_ankle "
-    "r_eye l_eye r_ear l_ear"
-).split()
+KEYPOINTS = [
+    "nose",
+    "neck",
+    "r_shoulder",
+    "r_elbow",
+    "r_wrist",
+    "l_shoulder",
+    "l_elbow",
+    "l_wrist",
+    "r_hip",
+    "r_knee",
+    "r_ankle",
+    "l_hip",
+    "l_knee",
+    "l_ankle",
+    "r_eye",
+    "l_eye",
+    "r_ear",
+    "l_ear",
+]
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,12 @@ class Scene:
         """Name every colour that the caption names, the background's last."""
         return (*(thing.colour for thing in self.things), self.background)
 
+    def hint(self, condition: str) -> np.ndarray:
+        """Make the hint of a condition, (128, 128, 3) uint8. Raises ValueError for an unknown one."""
+        if condition != "canny":
+            raise ValueError(f"condition is {condition!r}, but must be one of: {', '.join(conditions.NAMES)}")
+        return conditions.canny(self.image)
+
 
 def scene(index: int, split: str = "train") -> Scene:
     """Draw scene number `index` of a split; the same on every machine.
@@ -104,6 +129,11 @@ def scene(index: int, split: str = "train") -> Scene:
     draw = random.Random(index * 2 + (split == "test")).random
     things, background, relation = _compose(draw, odd=split == "test")
     return Scene(index, split, things, background, _caption(things, background, relation), *_render(things, background))
+
+
+def scenes(count: int, split: str = "train") -> list[Scene]:
+    """Draw the first `count` scenes of a split, with a progress bar."""
+    return [scene(i, split) for i in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene", leave=False)]
 
 
 def name_colours(image: np.ndarray) -> np.ndarray:

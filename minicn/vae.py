@@ -6,7 +6,6 @@ Left out: the discriminator and perceptual loss of its training; attention outsi
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

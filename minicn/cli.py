@@ -1,0 +1,98 @@
+"""What the command lines share: help with defaults, values with ranges, devices, and errors in one line."""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+
+def parser(**settings) -> argparse.ArgumentParser:
+    """Return an argument parser whose help shows every default."""
+    return argparse.ArgumentParser(formatter_class=Formatter, **settings)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default behind each option, but not where the help says it already, or there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or "(default" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action) or ""
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Return a converter of arguments to whole numbers of a range."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            limits = f"{low} and up" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} came, but a whole number is needed, {limits}")
+        return value
+
+    return convert
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a converter of arguments to finite numbers of a range."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} came, but a number is needed, {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
+def device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is cuda, mps or cpu, the first that is there.
+
+    Raises ValueError for a device that PyTorch does not know or this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not to be had here: use auto, cpu, cuda or mps") from error
+    if chosen.type == "meta":
+        raise ValueError("device 'meta' computes nothing: use auto, cpu, cuda or mps")
+    return chosen
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless a folder can be made and written; leave nothing that was not there before."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"output {folder} cannot be made: {existing} is no folder; name another --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output {folder} cannot be written: no permission in {existing}; name another --output")
+
+
+@contextlib.contextmanager
+def polite_errors(output: Path | None = None) -> Iterator[None]:
+    """Turn what a user can mend into one line on standard error and exit status 2, Ctrl-C into 130."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        kept = output is not None and (output / "checkpoint.pt").is_file()
+        print("stopped" + (f"; {output} holds checkpoint and weights, --resume goes on" if kept else ""), file=sys.stderr)
+        sys.exit(130)

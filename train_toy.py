@@ -1,0 +1,100 @@
+"""Train a ControlNet on the toy Stable Diffusion that ships with minicn, and watch it begin to follow.
+
+python train_toy.py --steps 10000            a ControlNet for Canny edges
+python train_toy.py --base --steps 6000      the toy Stable Diffusion itself, from scratch
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from minicn import ControlNet, StableDiffusion, cli, conditions, toy, training
+
+HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.parser(description=__doc__.split("\n")[0])
+    add, count = parser.add_argument, cli.whole(1)
+    add("--steps", type=count, default=10000, help="optimiser steps, 1 and up")
+    add("--batch-size", type=count, default=None, help="samples a step, 1 and up (default: 8, with --base 32)")
+    add("--lr", type=cli.number(0, 1), default=None, help="learning rate of AdamW, 0 to 1 (default: 0.0005, --base 0.001)")
+    add("--seed", type=cli.whole(0), default=0, help="of the start, the data order and the noise, 0 and up")
+    add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--output", type=Path, default=None, help="folder for weights, log and sheets (default: runs/CONDITION)")
+    add("--model", default="toy", help='the locked model: "toy", or a diffusers folder made by --base')
+    add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
+    add("--drop-prompt", type=cli.number(0, 1), default=0.5, help="share of prompts replaced by the empty one")
+    add("--guidance-scale", type=cli.number(0, 100), default=3.0, help="of the pictures drawn on the way")
+    add("--score-every", type=count, default=250, help="steps between pictures drawn, scored and logged")
+    add("--checkpoint-every", type=count, default=1000, help="steps between checkpoints")
+    add("--resume", action="store_true", help="go on from the checkpoint in --output")
+    add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
+    add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
+    args = parser.parse_args(argv)
+    args.batch_size = args.batch_size or (32 if args.base else 8)
+    args.lr = args.lr or (1e-3 if args.base else 5e-4)
+    args.output = args.output or Path("runs") / ("base" if args.base else args.condition)
+    return args
+
+
+def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed", "condition", "drop_prompt")}
+    count = min(args.scenes, args.steps * args.batch_size)
+    run = training.Run(args.output, settings | {"scenes": count, "model": args.model})
+    run.prepare(args.resume)
+
+    # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
+    sd = StableDiffusion.load(args.model, device=device)
+    scenes = toy.scenes(count, "train")
+    examples = training.Examples.from_scenes(sd, scenes, args.condition)
+    validation = training.Validation(sd, toy.scenes(16, "test"), args.condition, args.guidance_scale)
+
+    # 2. The trainable copy of its encoder, joined to it by zero convolutions.
+    net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+
+    # 3. Predict the noise; let the gradient through the locked decoder into the copy; repeat.
+    training.train(
+        sd,
+        net,
+        examples,
+        validation,
+        run,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        seed=args.seed,
+        drop_prompt=args.drop_prompt,
+        score_every=args.score_every,
+        checkpoint_every=args.checkpoint_every,
+        resume=args.resume,
+    )
+    run.save_curve()
+    print(run.verdict())
+    print(f"Weights: {args.output / 'controlnet.safetensors'}   pictures: {args.output / 'sheet.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    started = time.time()
+    with cli.polite_errors(args.output):
+        device = cli.device(args.device)
+        cli.check_folder(args.output)
+        torch.manual_seed(args.seed)
+        torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them 50 times slower
+        if args.base:
+            from minicn import pretraining
+
+            pretraining.train_base(args.output, args.scenes, args.vae_steps, args.steps, args.batch_size, args.lr, device)
+            print(f"The toy base is in {args.output}, after {(time.time() - started) / 60:.1f} minutes")
+        else:
+            train_controlnet(args, device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
