@@ -30,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
     add("--drop-prompt", type=cli.number(0, 1), default=0.5, help="share of prompts replaced by the empty one")
     add("--guidance-scale", type=cli.number(0, 100), default=3.0, help="of the pictures drawn on the way")
+    add("--pictures", type=count, default=16, help="held-out scenes that are drawn and scored on the way")
     add("--score-every", type=count, default=250, help="steps between pictures drawn, scored and logged")
     add("--checkpoint-every", type=count, default=1000, help="steps between checkpoints")
     add("--resume", action="store_true", help="go on from the checkpoint in --output")
@@ -43,16 +44,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
-    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed", "condition", "drop_prompt")}
+    settings = {
+        name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed", "condition", "drop_prompt", "pictures")
+    }
     count = min(args.scenes, args.steps * args.batch_size)
-    run = training.Run(args.output, settings | {"scenes": count, "model": args.model})
+    run = training.Run(args.output, settings | {"scenes": count, "model": str(args.model)})
     run.prepare(args.resume)
 
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
     sd = StableDiffusion.load(args.model, device=device)
     scenes = toy.scenes(count, "train")
     examples = training.Examples.from_scenes(sd, scenes, args.condition)
-    validation = training.Validation(sd, toy.scenes(16, "test"), args.condition, args.guidance_scale)
+    validation = training.Validation(sd, toy.scenes(args.pictures, "test"), args.condition, args.guidance_scale)
 
     # 2. The trainable copy of its encoder, joined to it by zero convolutions.
     net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
@@ -89,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.base:
             from minicn import pretraining
 
-            pretraining.train_base(args.output, args.scenes, args.vae_steps, args.steps, args.batch_size, args.lr, device)
+            pretraining.train_base(
+                args.output, args.scenes, args.vae_steps, args.steps, args.batch_size, args.lr, args.seed, device
+            )
             print(f"The toy base is in {args.output}, after {(time.time() - started) / 60:.1f} minutes")
         else:
             train_controlnet(args, device)

@@ -128,7 +128,7 @@ class StableDiffusion:
         """Draw pictures by DDIM with classifier-free guidance, steered by a hint if a ControlNet is given.
 
         prompt               text, or a list of texts: one picture each (then num_images must be 1)
-        hint                 picture, uint8 array or tensor in [0, 1] of height x width pixels; a tensor may hold one a picture
+        hint                 picture, array or tensor in [0, 1], height x width pixels; a tensor may hold one a picture
         num_steps            1 to 1000
         guidance_scale       1 is off; the paper's value is 9
         conditioning_scale   factor on the 13 residuals, 0 and up; 1 is as trained

@@ -176,7 +176,7 @@ def train_unet(
 
 
 def train_base(
-    output: Path, scenes: int, vae_steps: int, unet_steps: int, batch_size: int, lr: float, device: torch.device
+    output: Path, scenes: int, vae_steps: int, unet_steps: int, batch_size: int, lr: float, seed: int, device: torch.device
 ) -> None:
     """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept."""
     drawn = toy.scenes(scenes)
@@ -188,10 +188,12 @@ def train_base(
         vae = VAE(TOY_VAE).to(device, memory_format=torch.channels_last).eval()
         vae.load_state_dict(torch.load(finished, weights_only=True))
     else:
-        vae = train_vae(images, vae_steps, device)
+        torch.manual_seed(seed)
+        vae = train_vae(images[:4000], vae_steps, device)
         normalise_latents(vae, images[:1000])
         output.mkdir(parents=True, exist_ok=True)
         torch.save(vae.state_dict(), finished)
+    torch.manual_seed(seed + 1)
     tokenizer = Tokenizer.from_merges(learn_merges(toy.captions()))
     unet, text_encoder = train_unet(encode(vae, images), captions, tokenizer, unet_steps, device, batch_size, lr)
     StableDiffusion(unet, vae, text_encoder, tokenizer).save(output, dtype=torch.float16)

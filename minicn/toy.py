@@ -42,26 +42,10 @@ SHADES = (0.45, 0.6, 0.75, 0.9, 1.0)  # brightnesses at which `name_colours` kno
 
 # OpenPose's 18 points, in its order, for a person 1 tall, standing at x = 0; y is up from the ground. "R" is the
 # person's own right, to the left in the picture. Arms and legs are drawn from joints, see `_pose`.
-KEYPOINTS = [
-    "nose",
-    "neck",
-    "r_shoulder",
-    "r_elbow",
-    "r_wrist",
-    "l_shoulder",
-    "l_elbow",
-    "l_wrist",
-    "r_hip",
-    "r_knee",
-    "r_ankle",
-    "l_hip",
-    "l_knee",
-    "l_ankle",
-    "r_eye",
-    "l_eye",
-    "r_ear",
-    "l_ear",
-]
+KEYPOINTS = (
+    *("nose", "neck", "r_shoulder", "r_elbow", "r_wrist", "l_shoulder", "l_elbow", "l_wrist"),
+    *("r_hip", "r_knee", "r_ankle", "l_hip", "l_knee", "l_ankle", "r_eye", "l_eye", "r_ear", "l_ear"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,92 @@
+"""Measure what the toy reaches, and print a table: following, prompt, seconds a picture, import time.
+
+    python benchmarks/toy.py                                     the weights that ship
+    python benchmarks/toy.py runs/seed0/controlnet.safetensors ...   ControlNets of your own, too
+
+200 held-out scenes (test scenes 1000 to 1199, never used in training), 20 DDIM steps.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import torch
+
+from minicn import ControlNet, StableDiffusion, measures, toy, training
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("controlnets", nargs="*", default=["toy-canny"], help="names, files or folders")
+    parser.add_argument("--model", default="toy", help="diffusers folder or toy")
+    parser.add_argument("--scenes", type=int, default=200, help="held-out scenes")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 is off")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    return parser.parse_args()
+
+
+def draw(sd, scenes, guidance_scale, net=None, batch=25):
+    """Draw each scene from its caption with its own seed row; with its Canny hint if a ControlNet is given."""
+    images = []
+    for i in range(0, len(scenes), batch):
+        chunk = scenes[i : i + batch]
+        hints = torch.from_numpy(np.stack([scene.hint("canny") for scene in chunk])).permute(0, 3, 1, 2).float() / 255
+        images += sd.generate(
+            [scene.caption for scene in chunk],
+            hint=None if net is None else hints,
+            controlnet=net,
+            guidance_scale=guidance_scale,
+            seed=i,
+        )
+    return images
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_flush_denormal(True)
+    sd = StableDiffusion.load(args.model, device=args.device)
+    scenes = [toy.scene(1000 + i, "test") for i in range(args.scenes)]
+    truths = [scene.image for scene in scenes]
+    rows = []
+
+    latents = training.encode(sd.vae, torch.from_numpy(np.stack(truths)).permute(0, 3, 1, 2))
+    through_vae = [image for chunk in latents.split(25) for image in sd.decode_latents(chunk.to(sd.device))]
+    ceiling = measures.mean_edge_f1(through_vae, truths)
+    plain = draw(sd, scenes, args.guidance_scale)
+    floor = measures.mean_edge_f1(plain, truths)
+    rows += [("edge F1, ceiling (truth through the autoencoder)", ceiling), ("edge F1, floor (no control)", floor)]
+    reached, possible = measures.prompt_share(plain, scenes), measures.prompt_share(truths, scenes)
+    rows += [("prompt, base without control / true pictures", reached / possible)]
+    for name in args.controlnets:
+        net = ControlNet.load(name, unet=sd.unet, device=args.device)
+        images = draw(sd, scenes, args.guidance_scale, net)
+        f1 = measures.mean_edge_f1(images, truths)
+        rows.append((f"edge F1, {name}", f1))
+        rows.append((f"following score, {name}", measures.score(f1, floor, ceiling)))
+        rows.append((f"prompt, {name} / true pictures", measures.prompt_share(images, scenes) / possible))
+
+    hint = scenes[0].hint("canny")
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        sd.generate(scenes[0].caption, hint=hint, controlnet=net)
+        seconds.append(time.perf_counter() - start)
+    rows.append((f"seconds, one controlled picture, {args.device}, {torch.get_num_threads()} threads", min(seconds)))
+    loads = [[import_seconds(name) for _ in range(5)] for name in ("torch", "torch, minicn")]
+    rows.append(("seconds, import minicn beyond import torch", statistics.median(loads[1]) - statistics.median(loads[0])))
+    rows.append(("peak memory of this script, GB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6))
+    for name, value in rows:
+        print(f"| {name} | {value:.3f} |")
+
+
+def import_seconds(names: str) -> float:
+    code = f"import time; t = time.perf_counter(); import {names}; print(time.perf_counter() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+if __name__ == "__main__":
+    main()

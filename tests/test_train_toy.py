@@ -1,0 +1,212 @@
+"""train_toy.py and the command line, as a person runs them: short runs, refusals, interruption and resumption."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_toy
+from minicn import ControlNet, StableDiffusion, __main__, toy, training, weights
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--scenes 6 --batch-size 2 --pictures 2 --score-every 3 --checkpoint-every 3 --device cpu".split()
+
+
+def train(folder, *arguments):
+    return train_toy.main([*SHORT, "--output", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of six steps, undisturbed."""
+    folder = tmp_path_factory.mktemp("run") / "six"
+    train(folder, "--steps", "6")
+    return folder
+
+
+def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
+    """log.csv has a row a stage; the sheet is hint, truth and one column a stage; the weights load."""
+    rows = list(csv.DictReader(open(run / "log.csv")))
+    assert [row["step"] for row in rows] == ["0", "3", "6"]
+    sheet = Image.open(run / "sheet.png")
+    assert sheet.size == (5 * 132 - 4, 30 + 2 * 128)
+    assert np.array_equal(np.asarray(sheet)[30:158, :128], toy.scene(0, "test").hint("canny"))
+    net = ControlNet.load(run / "controlnet.safetensors", unet=StableDiffusion.load("toy").unet)
+    assert all(zero[0].weight.abs().max() > 0 for zero in net.zero_convs)
+    assert not list(run.glob("*.part"))
+
+
+def test_before_training_the_score_is_zero(run):
+    """Eq. (4) in the log: at step 0 the pictures are those without control, so the score is 0."""
+    first = next(csv.DictReader(open(run / "log.csv")))
+    assert float(first["score"]) == 0.0
+
+
+def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeypatch, capsys):
+    """Ctrl-C at step 5 leaves a checkpoint of step 4 and says where; --resume ends bit for bit as if nothing happened."""
+    calls, loss = [], training.controlnet_loss
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(training, "controlnet_loss", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "run", "--steps", "6")
+    assert stopped.value.code == 130
+    assert str(tmp_path / "run") in capsys.readouterr().err
+    ControlNet.load(tmp_path / "run" / "controlnet.safetensors")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    monkeypatch.undo()
+    train(tmp_path / "run", "--steps", "6", "--resume")
+    expected, _ = weights.read(run / "controlnet.safetensors")
+    resumed, _ = weights.read(tmp_path / "run" / "controlnet.safetensors")
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+    assert [r["step"] for r in csv.DictReader(open(tmp_path / "run" / "log.csv"))] == ["0", "3", "6"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "0"], "'0' came, but a whole number is needed, 1 and up"),
+        (["--steps", "many"], "'many' came"),
+        (["--batch-size", "0"], "'0' came"),
+        (["--lr", "-1"], "a number is needed"),
+        (["--seed", "-1"], "0 and up"),
+        (["--device", "abacus"], "device 'abacus' is not to be had"),
+        (["--device", "meta"], "computes nothing"),
+        (["--condition", "smell"], "canny"),
+        (["--model", "nowhere"], "nowhere is no folder"),
+        (["--resume"], "holds no checkpoint"),
+    ],
+)
+def test_train_toy_refuses_in_one_line(tmp_path, capsys, arguments, words):
+    """Bad input: exit status 2, one line that says what came, no traceback, nothing written."""
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "out", *arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("here first")
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "file" / "run", "--steps", "1")
+    assert stopped.value.code == 2
+    assert "cannot be made" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "here first"
+
+
+def test_a_run_is_not_overwritten_and_not_mixed(run, capsys):
+    """A folder with a run needs --resume; other settings are named."""
+    for arguments, words in (
+        (["--steps", "6"], "already holds a run"),
+        (["--steps", "6", "--resume", "--seed", "1"], "--seed 0, not 1"),
+        (["--steps", "5", "--resume"], "has done 6 steps already"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            train(run, *arguments)
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    """The same (seed, step) draws the same samples, noise, timesteps and dropped prompts."""
+    examples = training.Examples(
+        torch.randn(5, 4, 2, 2),
+        torch.zeros(5, 3, 16, 16, dtype=torch.uint8),
+        torch.randn(3, 7, 2),
+        torch.tensor([1, 2, 1, 2, 1]),
+    )
+    first, again, other = (examples.batch(0, step, 4, 0.5, torch.device("cpu")) for step in (7, 7, 8))
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in vars(first))
+    assert not torch.equal(first.noise, other.noise)
+
+
+def test_half_of_the_prompts_are_dropped():
+    """The paper drops 50% of the prompts: row 0 of the contexts, the empty prompt, takes their place."""
+    contexts = torch.tensor([0.0, 1.0])[:, None, None]
+    examples = training.Examples(
+        torch.zeros(1, 4, 1, 1), torch.zeros(1, 3, 8, 8, dtype=torch.uint8), contexts, torch.tensor([1])
+    )
+    kept = {drop: examples.batch(0, 1, 4000, drop, torch.device("cpu")).context.mean().item() for drop in (0, 0.5, 1)}
+    assert kept[0] == 1
+    assert kept[1] == 0
+    assert abs(kept[0.5] - 0.5) < 0.03  # four standard deviations of 4000 draws
+
+
+def test_help_shows_every_default(capsys):
+    for main in (train_toy.main, __main__.main):
+        arguments = [["--help"]] if main is train_toy.main else [["--help"], ["generate", "--help"], ["condition", "--help"]]
+        for argument in arguments:
+            with pytest.raises(SystemExit) as stopped:
+                main(argument)
+            assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "(default: 10000)" in text
+    assert "(default: 9.0)" in text
+    assert "1 to 1000" in text
+
+
+def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
+    """`minicn condition canny` then `minicn generate`: what Python gives, from the command line."""
+    scene = toy.scene(1, "test")
+    Image.fromarray(scene.image).save(tmp_path / "image.png")
+    __main__.main(["condition", "canny", str(tmp_path / "image.png"), str(tmp_path / "hint.png")])
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "hint.png")), scene.hint("canny"))
+    arguments = "generate --model toy --controlnet toy-canny --num-steps 2 --seed 3 --device cpu".split()
+    paths = ["--hint", str(tmp_path / "hint.png"), "--output", str(tmp_path / "out.png")]
+    assert __main__.main([*arguments, *paths, "--prompt", scene.caption]) == 0
+    sd = StableDiffusion.load("toy")
+    net = ControlNet.load("toy-canny", unet=sd.unet)
+    [expected] = sd.generate(scene.caption, hint=scene.hint("canny"), controlnet=net, num_steps=2, seed=3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--output", "{tmp}"], "is a folder"),
+        (["--output", "{tmp}/none/out.png"], "no existing folder"),
+        (["--output", "{tmp}/out.xyz"], "no ending of a picture"),
+        (["--output", "{tmp}/out.png", "--num-steps", "0"], "1 to 1000"),
+        (["--output", "{tmp}/out.png", "--seed", "-1"], "0 to"),
+        (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no folder"),
+        (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png"], "go together"),
+        (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png", "--controlnet", "toy-canny"], "does not exist"),
+        (["--output", "{tmp}/out.png", "--hint", "{tmp}/text.png", "--controlnet", "toy-canny"], "is no picture"),
+        (["--output", "{tmp}/out.png", "--hint", "{tmp}/odd.png", "--controlnet", "toy-canny"], "multiples of 8"),
+        (["--output", "{tmp}/out.png", "--hint", "{tmp}/ok.png", "--controlnet", "toy-smell"], "toy-canny"),
+        (["--output", "{tmp}/out.png", "--control-start", "0.9", "--control-end", "0.1"], "lies after"),
+    ],
+)
+def test_minicn_generate_refuses_in_one_line(tmp_path, capsys, arguments, words):
+    """Bad input: exit status 2, one line, no traceback, no picture written."""
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (30, 30)).save(tmp_path / "odd.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "ok.png")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["generate", "--prompt", "a red ball", "--device", "cpu", *arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_python_m_minicn_is_the_command():
+    """`python -m minicn` answers, with a usage line and status 2 when nothing is asked."""
+    done = subprocess.run([sys.executable, "-m", "minicn"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: minicn" in done.stderr
