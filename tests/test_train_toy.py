@@ -17,6 +17,11 @@ ROOT = Path(__file__).parent.parent
 SHORT = "--scenes 6 --batch-size 2 --pictures 2 --score-every 3 --checkpoint-every 3 --device cpu".split()
 
 
+def log(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
 def train(folder, *arguments):
     return train_toy.main([*SHORT, "--output", str(folder), *arguments])
 
@@ -31,7 +36,7 @@ def run(tmp_path_factory):
 
 def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
     """log.csv has a row a stage; the sheet is hint, truth and one column a stage; the weights load."""
-    rows = list(csv.DictReader(open(run / "log.csv")))
+    rows = log(run)
     assert [row["step"] for row in rows] == ["0", "3", "6"]
     sheet = Image.open(run / "sheet.png")
     assert sheet.size == (5 * 132 - 4, 30 + 2 * 128)
@@ -43,7 +48,7 @@ def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
 
 def test_before_training_the_score_is_zero(run):
     """Eq. (4) in the log: at step 0 the pictures are those without control, so the score is 0."""
-    first = next(csv.DictReader(open(run / "log.csv")))
+    first = log(run)[0]
     assert float(first["score"]) == 0.0
 
 
@@ -69,7 +74,7 @@ def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeyp
     expected, _ = weights.read(run / "controlnet.safetensors")
     resumed, _ = weights.read(tmp_path / "run" / "controlnet.safetensors")
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
-    assert [r["step"] for r in csv.DictReader(open(tmp_path / "run" / "log.csv"))] == ["0", "3", "6"]
+    assert [r["step"] for r in log(tmp_path / "run")] == ["0", "3", "6"]
 
 
 @pytest.mark.parametrize(
