@@ -182,11 +182,15 @@ class ControlNet(nn.Module):
         context    (B, 77, 768)    text features, the same as the U-Net's
         Raises ValueError for inputs that do not fit the model or each other.
         """
-        check_inputs(self.cfg.unet, x, timesteps, context)
         check_hint(hint, x)
+        return self.residuals(x, self.input_hint_block(hint), timesteps, context)
+
+    def residuals(self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+        """Do what `forward` does from E(hint), (B, C, h, w): a sampler computes that once, not every step."""
+        check_inputs(self.cfg.unet, x, timesteps, context)
         emb = self.time_embed(timestep_embedding(timesteps, self.cfg.unet.model_channels).to(x.dtype))
         # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after.
-        h = self.input_blocks[0](x, emb, context) + self.input_hint_block(hint)
+        h = self.input_blocks[0](x, emb, context) + hint_features
         control = [self.zero_convs[0](h)]
         for block, zero in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
             h = block(h, emb, context)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minicn import conditions, ddim, weights
 from minicn.clip import TextConfig, TextEncoder
-from minicn.controlnet import ControlNet
+from minicn.controlnet import ControlNet, check_hint
 from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, VAEConfig
@@ -159,8 +159,11 @@ class StableDiffusion:
         context = self.encode_prompts(texts)
         generator = torch.Generator("cpu").manual_seed(seed)
         x = torch.randn((n, 4, height // 8, width // 8), generator=generator).to(self.device, self.dtype)
-        if hint is not None and guided and len(hint) > 1:
-            hint = torch.cat([hint, hint])
+        features = None
+        if controlnet is not None:
+            check_hint(hint, x)
+            features = controlnet.input_hint_block(hint)  # E(hint) of eq. (9), once for all steps
+            features = torch.cat([features, features]) if guided and len(features) > 1 else features
 
         steps = ddim.timesteps(num_steps)
         for i, t in enumerate(tqdm(steps, desc="denoising", unit="step", disable=not progress)):
@@ -168,7 +171,7 @@ class StableDiffusion:
             timesteps = torch.full((len(batch),), t, device=self.device)
             control = None
             if controlnet is not None and i / num_steps >= control_start and (i + 1) / num_steps <= control_end:
-                control = [conditioning_scale * c for c in controlnet(batch, hint, timesteps, context)]
+                control = [conditioning_scale * c for c in controlnet.residuals(batch, features, timesteps, context)]
             eps = self.unet(batch, timesteps, context, control)
             if guided:
                 eps = ddim.guide(*eps.chunk(2), guidance_scale)

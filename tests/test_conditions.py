@@ -55,10 +55,10 @@ def test_a_step_edge_is_one_line(turned):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_diagonal_step_is_a_diagonal_line(sign):
-    """Across a step at 45 degrees the pixels on either side have the same gradient, and no pixel is larger along it.
+    """A step at 45 degrees over three pixels (20, 60, 100) leaves exactly its middle diagonal.
 
-    Magnitudes are 6 steps on the first diagonal beside the step and 6 on the other: strictly larger neighbours are
-    asked for, so a step over two pixels (half, whole) leaves exactly the middle diagonal.
+    |dx| + |dy| is 480 on it, 320 on the diagonals beside it, 80 on the next, else 0. Along the gradient the neighbours
+    are two diagonals away: 480 is larger than 80, but the 320 on either side are equal, and only the larger stays.
     """
     y, x = np.mgrid[:12, :12]
     d = sign * (x - 6) + (y - 6)
@@ -292,9 +292,17 @@ def test_load_hint_reads_a_file(tmp_path):
 
 BAD_HINTS = {
     "float array": (np.zeros((4, 4, 3)), ValueError, r"array of float64 and shape \(4, 4, 3\), but must be uint8"),
-    "2 channels": (np.zeros((4, 4, 2), np.uint8), ValueError, r"shape \(4, 4, 2\), but must be uint8 of shape \(H, W\)"),
+    "2 channels": (
+        np.zeros((4, 4, 2), np.uint8),
+        ValueError,
+        r"shape \(4, 4, 2\), but must be uint8 of shape \(H, W\)",
+    ),
     "4 dimensions": (np.zeros((1, 4, 4, 3), np.uint8), ValueError, r"shape \(1, 4, 4, 3\), but must be"),
-    "channels last": (torch.zeros(4, 4, 3), ValueError, r"float32 of shape \(1, 4, 4, 3\), but must be float .* 3, H, W"),
+    "channels last": (
+        torch.zeros(4, 4, 3),
+        ValueError,
+        r"float32 of shape \(1, 4, 4, 3\), but must be float .* 3, H, W",
+    ),
     "integers": (torch.zeros(3, 4, 4, dtype=torch.uint8), ValueError, r"torch.uint8 of shape .* must be float"),
     "one channel": (torch.zeros(1, 1, 4, 4), ValueError, r"shape \(1, 1, 4, 4\), but must be float of shape \(B, 3, H"),
     "0 to 255": (torch.full((3, 4, 4), 255.0), ValueError, r"values from 255 to 255, .* \[0, 1\]: divide by 255"),

@@ -209,6 +209,16 @@ def test_one_hint_serves_the_whole_batch(controlnet, batch):
         assert not torch.allclose(a[1], c[1], atol=1e-5)
 
 
+def test_residuals_from_the_hints_features_are_those_of_forward(controlnet, batch):
+    """A sampler may compute E(hint) of eq. (9) once and reuse it at every step: the residuals are equal bit for bit."""
+    net = randomise(controlnet)
+    features = net.input_hint_block(batch.hint)
+    for timesteps in (batch.timesteps, batch.timesteps + 20):
+        want = net(batch.x, batch.hint, timesteps, batch.context)
+        got = net.residuals(batch.x, features, timesteps, batch.context)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_every_residual_depends_on_every_input(controlnet, batch):
     """Each of the 13 residuals reads latents, hint, timesteps and text; the first block has no text and no time yet."""
     net = randomise(controlnet)
@@ -336,6 +346,8 @@ def test_hint_encoder_divides_the_size_by_eight(paper):
 def test_eq4_holds_with_the_hint_encoder_of_the_paper(unet, batch):
     """Eq. (4) with the paper's own hint encoder: fresh, it changes nothing, bit for bit."""
     net = ControlNet.from_unet(unet, paper_hint_encoder=True)
+    assert net.input_hint_block[0].kernel_size == (4, 4)
+    assert not net.input_hint_block(batch.hint).any()
     control = net(batch.x, batch.hint, batch.timesteps, batch.context)
     assert [c.abs().max().item() for c in control] == [0.0] * 13
     plain = unet(batch.x, batch.timesteps, batch.context)

@@ -101,7 +101,8 @@ def vae_res(name, c_in, c_out):
 
 
 def vae_mid(name):
-    found = vae_res(f"{name}.block_1", 512, 512) | vae_res(f"{name}.block_2", 512, 512) | affine(f"{name}.attn_1.norm", 512)
+    found = vae_res(f"{name}.block_1", 512, 512) | affine(f"{name}.attn_1.norm", 512)
+    found |= vae_res(f"{name}.block_2", 512, 512)
     return found | {
         k: v for part in ("q", "k", "v", "proj_out") for k, v in conv(f"{name}.attn_1.{part}", 512, 512, 1).items()
     }
@@ -215,7 +216,7 @@ SPOTS = {
         "time_embed.0.bias": "time_embedding.linear_1.bias",
         "input_blocks.0.0.bias": "conv_in.bias",
         "input_blocks.6.0.op.weight": "down_blocks.1.downsamplers.0.conv.weight",
-        "input_blocks.7.1.transformer_blocks.0.norm3.bias": ("down_blocks.2.attentions.0.transformer_blocks.0.norm3.bias"),
+        "input_blocks.7.1.norm.bias": "down_blocks.2.attentions.0.norm.bias",
         "input_blocks.10.0.in_layers.2.bias": "down_blocks.3.resnets.0.conv1.bias",
         "middle_block.2.emb_layers.1.bias": "mid_block.resnets.1.time_emb_proj.bias",
         "input_hint_block.0.weight": "controlnet_cond_embedding.conv_in.weight",

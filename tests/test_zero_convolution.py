@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minicn import ControlledBlock, zero_conv, zero_linear
+from minicn import ControlledBlock, ControlNet, zero_conv, zero_linear
 from minicn.unet import ResBlock, TransformerBlock
 
 LR = 0.1
@@ -235,12 +235,17 @@ def test_eq3_fresh_copy_sees_the_same_input_and_its_output_is_blocked(controlled
     original, net, x, c, args = controlled
     original, net = original.to(dtype), net.to(dtype).eval()
     x, c, *args = (t.to(dtype) for t in (x, c, *args))
-    first = net.zero_in(c)
-    assert not first.any()
-    inner = net.copy(x + first, *args)
-    assert torch.equal(inner, original(x, *args))
-    assert inner.any()
-    assert not net.zero_out(inner).any()
+    seen = {}
+    for name in ("zero_in", "copy", "zero_out"):
+        getattr(net, name).register_forward_hook(lambda _m, ins, out, name=name: seen.update({name: (ins[0], out)}))
+    net(x, c, *args)
+    assert torch.equal(seen["zero_in"][0], c)
+    assert not seen["zero_in"][1].any()
+    assert torch.equal(seen["copy"][0], x)
+    assert torch.equal(seen["copy"][1], original(x, *args))
+    assert torch.equal(seen["zero_out"][0], original(x, *args))
+    assert seen["zero_out"][0].any()
+    assert not seen["zero_out"][1].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -344,9 +349,10 @@ def test_the_copy_shares_no_memory_with_the_locked_block(controlled):
 
 
 @pytest.fixture
-def whole(unet, controlnet, batch):
+def whole(unet, hint_channels, batch):
     """The locked U-Net, its fresh ControlNet and inputs, in float64."""
-    return unet.double(), controlnet.double(), batch.to(torch.float64)
+    unet = unet.double()
+    return unet, ControlNet.from_unet(unet, hint_channels=hint_channels), batch.to(torch.float64)
 
 
 def zero_convs(net):
