@@ -109,11 +109,12 @@ def test_prompt_share_counts_pictures_with_every_named_colour():
 
 
 def test_prompt_share_needs_the_named_background():
-    """On another background a picture does not count, though every thing is there."""
+    """On another background a picture does not count, though every thing and some of the named background are there."""
     scene = toy.scene(0, "test")
     image = flat_picture(scene, 30)
     other = next(name for name in toy.BACKGROUNDS if name != scene.background)
     wrong = np.where((image == toy.BACKGROUNDS[scene.background]).all(2, keepdims=True), toy.BACKGROUNDS[other], image)
+    wrong[100:120, 100:120] = toy.BACKGROUNDS[scene.background]
     assert measures.prompt_share([image, wrong.astype(np.uint8)], [scene, scene]) == 0.5
 
 
