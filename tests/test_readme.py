@@ -1,0 +1,58 @@
+"""What the README says is executed: its snippets run, its file guide is complete, the tests it names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from minicn import __main__, toy
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_run(snippet, tmp_path, monkeypatch):
+    """Every Python snippet runs as it stands, with its assertions."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "README.md", "exec"), {})
+    if "out.png" in snippet:
+        assert Image.open(tmp_path / "out.png").size == (128, 128)
+
+
+def test_the_two_minicn_commands_run(tmp_path, monkeypatch):
+    """`minicn condition` and `minicn generate`, word for word, in a folder with a picture.png."""
+    commands = re.findall(r"^    minicn (.*)$", README, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["condition", "generate"]
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(toy.scene(0, "test").image).save("picture.png")
+    for command in commands:
+        assert __main__.main(shlex.split(command)) == 0
+    assert Image.open("out.png").size == Image.open("picture.png").size
+
+
+def test_the_file_guide_names_every_file_and_no_other():
+    """Each module of the package is in the table, and everything in the table exists."""
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", README.split("## Where to learn what")[1].split("## Claims")[0]))
+    modules = {f"minicn/{path.name}" for path in (ROOT / "minicn").glob("*.py")} - {"minicn/__init__.py"}
+    assert modules <= named
+    assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_tests_named_in_the_table_exist():
+    """A claim's test is where the README says."""
+    table = README.split("## Claims")[1].split("## Paper vs code")[0]
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    names = re.findall(r"`(test_\w+)`", table)
+    assert len(names) >= 4
+    assert all(f"def {name}(" in sources for name in names)
+    assert all((ROOT / path).exists() for path in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", table))
+
+
+def test_links_and_pictures_exist():
+    """Every relative link of the README leads to a file."""
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
