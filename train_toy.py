@@ -20,7 +20,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(description=__doc__.split("\n")[0])
     add, count = parser.add_argument, cli.whole(1)
     add("--steps", type=count, default=10000, help="optimiser steps, 1 and up")
-    add("--batch-size", type=count, default=None, help="samples a step, 1 and up (default: 8, with --base 32)")
+    add("--batch-size", type=count, default=None, help="samples a step, 1 and up (default: 4, with --base 32)")
     add("--lr", type=cli.number(0, 1), default=None, help="learning rate of AdamW, 0 to 1 (default: 0.0005, --base 0.001)")
     add("--seed", type=cli.whole(0), default=0, help="of the start, the data order and the noise, 0 and up")
     add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
     args = parser.parse_args(argv)
-    args.batch_size = args.batch_size or (32 if args.base else 8)
+    args.batch_size = args.batch_size or (32 if args.base else 4)
     args.lr = args.lr or (1e-3 if args.base else 5e-4)
     args.output = args.output or Path("runs") / ("base" if args.base else args.condition)
     return args

@@ -110,7 +110,7 @@ class ControlNet(nn.Module):
         for part in ("time_embed", "input_blocks", "middle_block"):
             getattr(net, part).load_state_dict(getattr(unet, part).state_dict())
         like = next(unet.parameters())
-        return net.to(like.device, like.dtype)
+        return net.to(like.device, like.dtype, memory_format=torch.channels_last)
 
     @classmethod
     def load(
@@ -153,7 +153,7 @@ class ControlNet(nn.Module):
         if "conv_in.weight" in state:
             state = weights.from_diffusers("controlnet", state, net.state_dict())
         weights.load_into(net, state, path, dtype)
-        return net.to(device).eval()
+        return net.to(device, memory_format=torch.channels_last).eval()
 
     def save(self, path: str | Path, layout: str = "ldm", dtype: torch.dtype | None = None) -> None:
         """Write the weights, in their own precision unless `dtype` is given.

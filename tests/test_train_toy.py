@@ -1,6 +1,8 @@
 """train_toy.py and the command line, as a person runs them: short runs, refusals, interruption and resumption."""
 
 import csv
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -52,14 +54,15 @@ def test_before_training_the_score_is_zero(run):
     assert float(first["score"]) == 0.0
 
 
-def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeypatch, capsys):
-    """Ctrl-C at step 5 leaves a checkpoint of step 4 and says where; --resume ends bit for bit as if nothing happened."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeypatch, capsys, number):
+    """Ctrl-C in step 4 leaves that step's checkpoint and says where; --resume ends bit for bit as if nothing happened."""
     calls, loss = [], training.controlnet_loss
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
+        if len(calls) == 4:
+            os.kill(os.getpid(), number)
         return loss(*args)
 
     monkeypatch.setattr(training, "controlnet_loss", interrupted)
