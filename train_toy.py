@@ -55,7 +55,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     sd = StableDiffusion.load(args.model, device=device)
     scenes = toy.scenes(count, "train")
     examples = training.Examples.from_scenes(sd, scenes, args.condition)
-    validation = training.Validation(sd, toy.scenes(args.pictures, "test"), args.condition, args.guidance_scale)
+    validation = training.Validation(sd, list(toy.scenes(args.pictures, "test")), args.condition, args.guidance_scale)
 
     # 2. The trainable copy of its encoder, joined to it by zero convolutions.
     net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)

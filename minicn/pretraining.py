@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from minicn import ddim, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
-from minicn.training import encode
+from minicn.training import encode, stack
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
@@ -205,8 +204,7 @@ def process() -> tuple[int, int]:
 def pictures(indices: Iterable[int]) -> tuple[Tensor, list[str]]:
     """Draw toy pictures, uint8 (N, 3, 128, 128), and their captions."""
     scenes = [toy.scene(i) for i in tqdm(indices, desc="drawing scenes", unit="scene", disable=process()[0] > 0)]
-    images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2).contiguous()
-    return images, [scene.caption for scene in scenes]
+    return stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
 
 
 def train_base(

@@ -9,6 +9,7 @@ Axes: x to the right and y down in pixels, z towards the viewer; `normals` have 
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,9 +116,10 @@ def scene(index: int, split: str = "train") -> Scene:
     return Scene(index, split, things, background, _caption(things, background, relation), *_render(things, background))
 
 
-def scenes(count: int, split: str = "train") -> list[Scene]:
-    """Draw the first `count` scenes of a split, with a progress bar."""
-    return [scene(i, split) for i in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene", leave=False)]
+def scenes(count: int, split: str = "train") -> Iterator[Scene]:
+    """Draw the first `count` scenes of a split, one after the other, with a progress bar."""
+    for index in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene", leave=False):
+        yield scene(index, split)
 
 
 def name_colours(image: np.ndarray) -> np.ndarray:

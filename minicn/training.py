@@ -8,6 +8,7 @@ import csv
 import os
 import signal
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,15 +44,15 @@ class Examples:
     prompt: Tensor
 
     @classmethod
-    def from_scenes(cls, sd: StableDiffusion, scenes: list[toy.Scene], condition: str) -> "Examples":
+    def from_scenes(cls, sd: StableDiffusion, scenes: Iterable[toy.Scene], condition: str) -> "Examples":
         """Encode toy scenes with a model's autoencoder and text encoder."""
-        prompts = ["", *sorted({scene.caption for scene in scenes})]
+        kept = [(scene.image, scene.hint(condition), scene.caption) for scene in scenes]  # not the 0.3 MB of the rest
+        images, hints, captions = zip(*kept, strict=True)
+        prompts = ["", *sorted(set(captions))]
         contexts = torch.cat([sd.encode_prompts(prompts[i : i + 256]) for i in range(0, len(prompts), 256)])
         row = {prompt: i for i, prompt in enumerate(prompts)}
-        hints = torch.from_numpy(np.stack([scene.hint(condition) for scene in scenes])).permute(0, 3, 1, 2)
-        images = torch.from_numpy(np.stack([scene.image for scene in scenes])).permute(0, 3, 1, 2)
-        latents = encode(sd.vae, images)
-        return cls(latents, hints.contiguous(), contexts.cpu(), torch.tensor([row[scene.caption] for scene in scenes]))
+        latents = encode(sd.vae, stack(images))
+        return cls(latents, stack(hints), contexts.cpu(), torch.tensor([row[caption] for caption in captions]))
 
     def batch(self, seed: int, step: int, size: int, drop_prompt: float, device: torch.device) -> "Batch":
         """Draw the batch of a step: a function of (seed, step) alone, so that a run can be resumed anywhere."""
@@ -98,6 +99,11 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (steps - step + 1) / (0.3 * steps))
 
 
+def stack(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Return pictures (H, W, 3) uint8 as one tensor (N, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
 @torch.no_grad()
 def encode(vae: VAE, images: Tensor, batch_size: int = 32) -> Tensor:
     """Return scaled latents (N, 4, H/8, W/8) on the CPU of pictures (N, 3, H, W) uint8: the means, without noise."""
@@ -115,8 +121,8 @@ class Validation:
         self.sd, self.scenes, self.seed, self.guidance_scale = sd, scenes, seed, guidance_scale
         self.truths = [scene.image for scene in scenes]
         self.hint_pictures = [scene.hint(condition) for scene in scenes]
-        self.hints = torch.from_numpy(np.stack(self.hint_pictures)).permute(0, 3, 1, 2).float() / 255
-        latents = encode(sd.vae, torch.from_numpy(np.stack(self.truths)).permute(0, 3, 1, 2))
+        self.hints = stack(self.hint_pictures).float() / 255
+        latents = encode(sd.vae, stack(self.truths))
         self.ceiling = measures.mean_edge_f1(sd.decode_latents(latents.to(sd.device)), self.truths)
         self.floor = measures.mean_edge_f1(self.draw(None), self.truths)
 
