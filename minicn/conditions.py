@@ -23,7 +23,7 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
@@ -68,6 +68,8 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
         hint = hint[None]
     if hint.ndim != 4 or hint.shape[1] != 3 or not hint.is_floating_point():
         raise ValueError(f"hint is {hint.dtype} of shape {tuple(hint.shape)}, but must be float of shape (B, 3, H, W)")
+    if hint.numel() == 0:
+        raise ValueError(f"hint has shape {tuple(hint.shape)}: it holds no pixel")
     low, high = hint.min().item(), hint.max().item()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"hint has values from {low:.3g} to {high:.3g}, but they must lie in [0, 1]: divide by 255")
@@ -92,6 +94,8 @@ def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) 
         image = np.asarray(to_rgb(image))
     if image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise ValueError(f"image is {image.dtype} of shape {image.shape}, but must be uint8 of shape (H, W, 3)")
+    if image.size == 0 or not (low >= 0 and high >= 0):  # also NaN
+        raise ValueError(f"canny of {image.shape} pixels with thresholds {low} and {high}: needs pixels, thresholds from 0")
     low, high = int(np.floor(min(low, high))), int(np.floor(max(low, high)))
     dx, dy = _sobel(image if image.ndim == 3 else image[..., None])
     magnitude = np.abs(dx) + np.abs(dy)

@@ -182,6 +182,7 @@ class ControlNet(nn.Module):
         context    (B, 77, 768)    text features, the same as the U-Net's
         Raises ValueError for inputs that do not fit the model or each other.
         """
+        check_inputs(self.cfg.unet, x, timesteps, context)
         check_hint(hint, x)
         return self.residuals(x, self.input_hint_block(hint), timesteps, context)
 

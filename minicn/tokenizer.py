@@ -8,6 +8,7 @@ tokenizer only normalises to NFC instead: the ids agree unless a prompt holds cu
 import gzip
 import html
 import json
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -68,17 +69,22 @@ class Tokenizer:
             for name in ("vocab.json", "merges.txt"):
                 if not (path / name).is_file():
                     raise FileNotFoundError(f"{path} has no {name}: a tokenizer folder holds vocab.json and merges.txt")
-            vocab = json.loads((path / "vocab.json").read_text("utf-8"))
-            merges = _parse_merges((path / "merges.txt").read_text("utf-8"), path / "merges.txt")
+            try:
+                vocab = json.loads((path / "vocab.json").read_text("utf-8"))
+                lines = (path / "merges.txt").read_text("utf-8")
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise ValueError(f"{path} holds no whole vocab.json and merges.txt: {error}") from error
             if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
                 raise ValueError(f"{path / 'vocab.json'} holds no {START} and {END}: this is not CLIP's vocabulary")
-            return cls(vocab, merges)
+            return cls(vocab, _parse_merges(lines, path / "merges.txt"))
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: name a folder with vocab.json and merges.txt")
         try:
             text = gzip.decompress(path.read_bytes()).decode("utf-8")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(f"{path} is no gzip file of merges ({error}): name bpe_simple_vocab_16e6.txt.gz") from error
+        if not text.strip():
+            raise ValueError(f"{path} is no gzip file of merges (it is empty): name bpe_simple_vocab_16e6.txt.gz")
         # The file goes on beyond what CLIP uses: 49,408 ids less 512 byte tokens and 2 specials are merges.
         return cls.from_merges(_parse_merges(text, path)[: 49408 - 512 - 2])
 

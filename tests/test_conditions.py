@@ -224,7 +224,6 @@ def test_floating_point_pictures_are_refused(tmp_path):
         to_rgb(image)
 
 
-@pytest.mark.xfail(reason="load_image does not name the file when it holds floating-point values", strict=True)
 def test_floating_point_files_are_refused_by_name(tmp_path):
     """load_image names the file that it cannot read, also where the reason is its mode."""
     path = saved(tmp_path, Image.fromarray(np.zeros((2, 2), np.float32)), "float.tiff")
