@@ -160,7 +160,7 @@ def test_help_shows_every_default(capsys):
             with pytest.raises(SystemExit) as stopped:
                 main(argument)
             assert stopped.value.code == 0
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "(default: 10000)" in text
     assert "(default: 9.0)" in text
     assert "1 to 1000" in text
