@@ -1,5 +1,6 @@
 """What the README says is executed: its snippets run, its file guide is complete, the tests it names exist."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -56,3 +57,13 @@ def test_links_and_pictures_exist():
     """Every relative link of the README leads to a file."""
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_scores_of_the_log_are_those_of_the_log():
+    """The following scores that the README quotes stand in the log of the ControlNet that ships."""
+    with open(ROOT / "minicn" / "toy_controlnets" / "canny" / "log.csv") as file:
+        scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
+    quoted = re.search(r"following score (.*?) \(16 held-out", README)[1]
+    pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
+    assert len(pairs) == 3
+    assert all(f"{scores[step]:.2f}" == score for score, step in pairs)

@@ -98,7 +98,7 @@ def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeyp
 def test_train_toy_refuses_in_one_line(tmp_path, capsys, arguments, words):
     """Bad input: exit status 2, one line that says what came, no traceback, nothing written."""
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "out", *arguments)
+        train(tmp_path / "out", "--steps", "1", *arguments)
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert words in error.splitlines()[-1]
