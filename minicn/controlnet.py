@@ -108,9 +108,10 @@ class ControlNet(nn.Module):
         """Make the trainable copy of a U-Net's encoder, in its dtype and on its device; the U-Net is left as it is."""
         net = cls(ControlNetConfig(unet.cfg, hint_channels, paper_hint_encoder))
         for part in ("time_embed", "input_blocks", "middle_block"):
-            getattr(net, part).load_state_dict(getattr(unet, part).state_dict())
+            # Numerics: a deep copy keeps the memory layout, too, so that eq. (3) holds bit for bit.
+            setattr(net, part, copy.deepcopy(getattr(unet, part)).requires_grad_(True))
         like = next(unet.parameters())
-        return net.to(like.device, like.dtype, memory_format=torch.channels_last)
+        return net.to(like.device, like.dtype)
 
     @classmethod
     def load(

@@ -273,7 +273,7 @@ def train(
     """
     device = sd.device
     sd.unet.requires_grad_(False)
-    net.train().requires_grad_(True)
+    net.train().requires_grad_(True).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)
     abar = sd.alphas_cumprod.to(device)
     done = run.resume(net, optimizer) if resume else 0
