@@ -154,7 +154,7 @@ class ControlNet(nn.Module):
         if "conv_in.weight" in state:
             state = weights.from_diffusers("controlnet", state, net.state_dict())
         weights.load_into(net, state, path, dtype)
-        return net.to(device, memory_format=torch.channels_last).eval()
+        return net.to(device).eval()
 
     def save(self, path: str | Path, layout: str = "ldm", dtype: torch.dtype | None = None) -> None:
         """Write the weights, in their own precision unless `dtype` is given.
