@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         device = cli.device(args.device)
         cli.check_folder(args.output)
         torch.manual_seed(args.seed)
-        torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them 50 times slower
+        torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them many times slower
         if args.base:
             from minicn import pretraining
 

@@ -36,8 +36,9 @@ DROP_PROMPT = 0.1  # share of empty prompts, so that guidance has an uncondition
 def init_vae(vae: VAE) -> None:
     """Start the autoencoder as a linear one: every resnet block and the attention begin as the identity.
 
-    Otherwise the normalised branches, which have lost the absolute colour, drown the path that carries it: after as many
-    steps the error is a third larger, and the pictures have outlines but no colours.
+    Otherwise the normalised branches, which have lost the absolute colour, drown the path that carries it: the pictures get
+    outlines but no colours. In a trial, 250 steps of 8 crops left an L1 error of 0.17 (rate 0.001), and 0.24 without
+    this start (rate 0.0005).
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock):
@@ -212,8 +213,8 @@ def train_base(
 ) -> None:
     """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept.
 
-    Under torchrun each process learns from its own share of the scenes, `batch_size` in all; on a CPU of few cores one
-    process a core was more than twice as fast as one process of several threads, which wait for each other at every layer.
+    Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process a core waits for
+    the other once a step, threads of one process at every layer.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=3))  # the others wait while one trains the autoencoder
