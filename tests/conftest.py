@@ -87,3 +87,13 @@ def batch() -> Batch:
         timesteps=torch.tensor([1, 951]),
         context=torch.randn(2, 7, 12, generator=g),
     )
+
+
+def outputs_of(modules, run):
+    """Run, and return what each module gave, with its graph."""
+    seen = []
+    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out)) for m in modules]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import outputs_of
 from safetensors import safe_open
 from torch import nn
 
@@ -38,16 +39,6 @@ def inputs_of(modules, run):
     """Run, and return the first argument that each module got."""
     seen = []
     handles = [m.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach())) for m in modules]
-    run()
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-def outputs_of(modules, run):
-    """Run, and return what each module gave, with its graph."""
-    seen = []
-    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out)) for m in modules]
     run()
     for handle in handles:
         handle.remove()

@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import outputs_of
 from torch import nn
 
 from minicn import ControlledBlock, ControlNet, zero_conv, zero_linear
@@ -358,16 +359,6 @@ def whole(unet, hint_channels, batch):
 def zero_convs(net):
     """The 13 zero convolutions whose outputs are the control."""
     return [*(z[0] for z in net.zero_convs), net.middle_block_out[0]]
-
-
-def outputs_of(modules, run):
-    """Run, and return what each module gave."""
-    seen = []
-    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out)) for m in modules]
-    run()
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 def encoder(model):
