@@ -26,7 +26,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", type=Path, default=None, help="folder for weights, log and sheets (default: runs/CONDITION)")
-    add("--model", default="toy", help='the locked model: "toy", or a diffusers folder made by --base')
+    add(
+        "--model",
+        default=None,
+        help='the locked model: "toy" (default) or a folder made by --base; with --base: go on from it',
+    )
     add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
     add("--drop-prompt", type=cli.number(0, 1), default=0.5, help="share of prompts replaced by the empty one")
     add("--guidance-scale", type=cli.number(0, 100), default=3.0, help="of the pictures drawn on the way")
@@ -38,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (32 if args.base else 4)
+    args.model = args.model or (None if args.base else "toy")
     args.lr = args.lr or (1e-3 if args.base else 5e-4)
     args.output = args.output or Path("runs") / ("base" if args.base else args.condition)
     return args
@@ -93,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
             from minicn import pretraining
 
             pretraining.train_base(
-                args.output, args.scenes, args.vae_steps, args.steps, args.batch_size, args.lr, args.seed, device
+                args.output, args.model, args.scenes, args.vae_steps, args.steps, args.batch_size, args.lr, args.seed, device
             )
             print(f"The toy base is in {args.output}, after {(time.time() - started) / 60:.1f} minutes")
         else:

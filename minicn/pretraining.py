@@ -158,17 +158,23 @@ def train_unet(
     lr: float,
     seed: int,
     device: torch.device,
+    start: StableDiffusion | None = None,
 ) -> Denoiser:
     """Train U-Net and text transformer together; return their moving average.
 
     latents     (N, 4, 16, 16)  scaled latents of the pictures with these captions; under torchrun, this process's own
     batch_size  samples a step, in each process
+    start       the model whose weights to begin with; None: random ones
     """
     rank, world = process()
     tokens, empty = tokenizer(captions), tokenizer([""])
     abar = ddim.alphas_cumprod().to(device)
     torch.manual_seed(seed + 1)
-    model = Denoiser(len(tokenizer.vocab)).to(device, memory_format=torch.channels_last)
+    model = Denoiser(len(tokenizer.vocab))
+    if start is not None:
+        model.unet.load_state_dict(start.unet.state_dict())
+        model.text.load_state_dict(start.text_encoder.state_dict())
+    model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
     torch.manual_seed(seed + 2 + rank)
@@ -209,9 +215,19 @@ def pictures(indices: Iterable[int]) -> tuple[Tensor, list[str]]:
 
 
 def train_base(
-    output: Path, scenes: int, vae_steps: int, unet_steps: int, batch_size: int, lr: float, seed: int, device: torch.device
+    output: Path,
+    model: str | None,
+    scenes: int,
+    vae_steps: int,
+    unet_steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    device: torch.device,
 ) -> None:
-    """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept.
+    """Train the whole toy base and write it to `output` in half precision.
+
+    model  the toy base whose U-Net and text transformer to train on, its autoencoder and tokenizer kept; None: from scratch
 
     Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process a core waits for
     the other once a step, threads of one process at every layer.
@@ -219,21 +235,34 @@ def train_base(
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=3))  # the others wait while one trains the autoencoder
     rank, world = process()
-    finished = output / "vae.pt"
-    if not finished.is_file() and rank == 0:
+    start = None if model is None else StableDiffusion.load(model, device=device)
+    if start is None:
+        vae, tokenizer = autoencoder(output / "vae.pt", scenes, vae_steps, seed, device), new_tokenizer()
+    else:
+        vae, tokenizer = start.vae, start.tokenizer
+    images, captions = pictures(range(rank, scenes, world))
+    latents = encode(vae, images)
+    trained = train_unet(latents, captions, tokenizer, unet_steps, batch_size // world, lr, seed, device, start)
+    if rank == 0:
+        StableDiffusion(trained.unet, vae, trained.text, tokenizer).save(output, dtype=torch.float16)
+
+
+def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device) -> VAE:
+    """Train the autoencoder, in one process while the others wait, unless the file `finished` holds it already."""
+    if not finished.is_file() and process()[0] == 0:
         images, _ = pictures(range(min(scenes, 4000)))
         torch.manual_seed(seed)
-        vae = train_vae(images, vae_steps, device)
+        vae = train_vae(images, steps, device)
         normalise_latents(vae, images[:1000])
-        output.mkdir(parents=True, exist_ok=True)
+        finished.parent.mkdir(parents=True, exist_ok=True)
         torch.save(vae.state_dict(), finished)
-    if world > 1:
+    if process()[1] > 1:
         dist.barrier()
     vae = VAE(TOY_VAE).to(device, memory_format=torch.channels_last).eval()
     vae.load_state_dict(torch.load(finished, weights_only=True))
-    images, captions = pictures(range(rank, scenes, world))
-    tokenizer = Tokenizer.from_merges(learn_merges(toy.captions()))
-    latents = encode(vae, images)
-    model = train_unet(latents, captions, tokenizer, unet_steps, batch_size // world, lr, seed, device)
-    if rank == 0:
-        StableDiffusion(model.unet, vae, model.text, tokenizer).save(output, dtype=torch.float16)
+    return vae
+
+
+def new_tokenizer() -> Tokenizer:
+    """Return the tokenizer learned from all captions of the toy world."""
+    return Tokenizer.from_merges(learn_merges(toy.captions()))
