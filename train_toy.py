@@ -98,7 +98,17 @@ def main(argv: list[str] | None = None) -> int:
             from minicn import pretraining
 
             pretraining.train_base(
-                args.output, args.model, args.scenes, args.vae_steps, args.steps, args.batch_size, args.lr, args.seed, device
+                args.output,
+                args.model,
+                args.scenes,
+                args.vae_steps,
+                args.steps,
+                args.batch_size,
+                args.lr,
+                args.seed,
+                device,
+                args.checkpoint_every,
+                args.resume,
             )
             print(f"The toy base is in {args.output}, after {(time.time() - started) / 60:.1f} minutes")
         else:

@@ -5,7 +5,7 @@ Public names: the models, the pipeline that joins them, and the modules `conditi
 
 from minicn import conditions, ddim, measures, toy
 from minicn.clip import TextConfig, TextEncoder
-from minicn.controlnet import ControlledBlock, ControlNet, ControlNetConfig, HintEncoder, zero_conv, zero_linear
+from minicn.controlnet import ControlledBlock, ControlNet, ControlNetConfig, hint_encoder, zero_conv, zero_linear
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
@@ -15,7 +15,6 @@ __all__ = [
     "ControlNet",
     "ControlNetConfig",
     "ControlledBlock",
-    "HintEncoder",
     "StableDiffusion",
     "TextConfig",
     "TextEncoder",
@@ -28,6 +27,7 @@ __all__ = [
     "ddim",
     "measures",
     "toy",
+    "hint_encoder",
     "zero_conv",
     "zero_linear",
 ]

@@ -94,5 +94,5 @@ def polite_errors(output: Path | None = None) -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         kept = output is not None and (output / "checkpoint.pt").is_file()
-        print("stopped" + (f"; {output} holds checkpoint and weights, --resume goes on" if kept else ""), file=sys.stderr)
+        print("stopped" + (f"; {output} holds a checkpoint, --resume goes on" if kept else ""), file=sys.stderr)
         sys.exit(130)

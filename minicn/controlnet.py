@@ -67,27 +67,24 @@ class ControlNetConfig:
     paper_hint_encoder: bool = False  # the 4x4 convolutions that the paper describes
 
 
-class HintEncoder(nn.Sequential):
-    """E of eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
+def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False) -> nn.Sequential:
+    """Return E of eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
 
     Paper vs code: the paper describes 4x4 stride-2 convolutions with ReLU; the released weights were trained with eight
     3x3 ones and SiLU, three of stride 2. The weights decide; `paper=True` is the paper's. (It writes of four widths, 16
     to 128, which would shrink 512 pixels to 32, not 64; three reach the latents' size.)
     """
-
-    def __init__(self, c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False):
-        if paper:
-            layers, width = [], 3
-            for c in (16, 32, 64):
-                layers += [nn.Conv2d(width, c, 4, stride=2, padding=1), nn.ReLU()]
-                width = c
-            super().__init__(*layers, zero_conv(width, c_out))
-            return
-        layers = [nn.Conv2d(3, channels[0], 3, padding=1), nn.SiLU()]
-        for c, wider in zip(channels[:-1], channels[1:], strict=True):
-            layers += [nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, wider, 3, stride=2, padding=1), nn.SiLU()]
-        # Paper vs code: this zero convolution is 3x3, the thirteen others are 1x1.
-        super().__init__(*layers, zero_conv(channels[-1], c_out, kernel_size=3))
+    if paper:
+        layers, width = [], 3
+        for c in (16, 32, 64):
+            layers += [nn.Conv2d(width, c, 4, stride=2, padding=1), nn.ReLU()]
+            width = c
+        return nn.Sequential(*layers, zero_conv(width, c_out))
+    layers = [nn.Conv2d(3, channels[0], 3, padding=1), nn.SiLU()]
+    for c, wider in zip(channels[:-1], channels[1:], strict=True):
+        layers += [nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, wider, 3, stride=2, padding=1), nn.SiLU()]
+    # Paper vs code: this zero convolution is 3x3, the thirteen others are 1x1.
+    return nn.Sequential(*layers, zero_conv(channels[-1], c_out, kernel_size=3))
 
 
 class ControlNet(nn.Module):
@@ -97,7 +94,7 @@ class ControlNet(nn.Module):
         super().__init__()
         self.cfg = cfg = cfg or ControlNetConfig()
         self.time_embed, self.input_blocks, self.middle_block, skips = build_encoder(cfg.unet)
-        self.input_hint_block = HintEncoder(cfg.unet.model_channels, cfg.hint_channels, cfg.paper_hint_encoder)
+        self.input_hint_block = hint_encoder(cfg.unet.model_channels, cfg.hint_channels, cfg.paper_hint_encoder)
         self.zero_convs = nn.ModuleList(nn.Sequential(zero_conv(c)) for c in skips)  # Compat: key zero_convs.{i}.0
         self.middle_block_out = nn.Sequential(zero_conv(skips[-1]))
 

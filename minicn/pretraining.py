@@ -6,10 +6,11 @@ prompts dropped for classifier-free guidance (Ho and Salimans, arXiv:2207.12598)
 perceptual loss of the autoencoder; an L1 loss on differences of neighbouring pixels keeps the edges sharp instead.
 """
 
+import contextlib
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from minicn import ddim, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
-from minicn.training import encode, stack
+from minicn.training import StopRequest, check_resume, encode, save_whole, stack
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
@@ -62,7 +63,55 @@ def vae_loss(vae: VAE, images: Tensor, edge_weight: float, kl_weight: float = 1e
     return l1 + (error**2).mean() + edge_weight * edges + kl_weight * kl, l1.detach()
 
 
-def train_vae(images: Tensor, steps: int, device: torch.device, batch_size: int = 16, lr: float = 1e-3) -> VAE:
+class Checkpoint:
+    """Counts the steps of a training here and keeps its state in a file, so that --resume goes on after Ctrl-C or a kill.
+
+    stage  what is trained, in a word
+    every  steps between two checkpoints
+    seed   of the random numbers: each step's are a function of (seed, step, process) alone
+    """
+
+    def __init__(self, file: Path, stage: str, every: int, seed: int):
+        self.file, self.stage, self.every, self.seed = file, stage, every, seed
+
+    def loop(self, steps: int, **parts) -> Iterator[tuple[int, tqdm]]:
+        """Yield each step that is left, from 0, and the progress bar; `parts` are all that have a state_dict.
+
+        Raises KeyboardInterrupt after a checkpoint if asked to stop. (Under torchrun the last regular one stands.)
+        """
+        rank, world = process()
+        done = self._load(steps, parts) if self.file.is_file() else 0
+        bar = tqdm(range(done, steps), initial=done, total=steps, desc=self.stage, unit="step", disable=rank > 0)
+        with StopRequest() if world == 1 else contextlib.nullcontext() as stop:
+            for step in bar:
+                torch.manual_seed((self.seed * 1_000_003 + step) * world + rank)
+                yield step, bar
+                stopping = stop is not None and stop.asked
+                if rank == 0 and ((step + 1) % self.every == 0 or stopping):
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    save_whole({**state, "stage": self.stage, "steps": steps, "done": step + 1}, self.file)
+                if stopping:
+                    raise KeyboardInterrupt
+
+    def _load(self, steps: int, parts: dict) -> int:
+        state = torch.load(self.file, weights_only=True)
+        if (state["stage"], state["steps"]) != (self.stage, steps):
+            raise ValueError(
+                f"{self.file} was made on the way to {state['steps']} steps of the {state['stage']}, not {steps} of the "
+                f"{self.stage}: give the same"
+            )
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return state["done"]
+
+    def remove(self) -> None:
+        """Remove the file: the training has ended."""
+        self.file.unlink(missing_ok=True)
+
+
+def train_vae(
+    images: Tensor, steps: int, device: torch.device, checkpoint: Checkpoint, batch_size: int = 16, lr: float = 1e-3
+) -> VAE:
     """Train the toy autoencoder: four fifths of the steps on 64x64 crops, four times cheaper, then whole pictures.
 
     images  (N, 3, 128, 128) uint8
@@ -73,8 +122,7 @@ def train_vae(images: Tensor, steps: int, device: torch.device, batch_size: int 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     # A higher rate gets stuck where outlines are right and colours wrong.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
-    bar = tqdm(range(steps), desc="autoencoder", unit="step")
-    for step in bar:
+    for step, bar in checkpoint.loop(steps, vae=vae, optimizer=optimizer, schedule=schedule):
         whole = step >= 0.8 * steps  # GroupNorm sees other statistics on whole pictures than on crops
         count, side = (batch_size // 2, toy.SIZE) if whole else (batch_size, toy.SIZE // 2)
         chosen = torch.randint(len(images), (count,))
@@ -156,8 +204,8 @@ def train_unet(
     steps: int,
     batch_size: int,
     lr: float,
-    seed: int,
     device: torch.device,
+    checkpoint: Checkpoint,
     start: StableDiffusion | None = None,
 ) -> Denoiser:
     """Train U-Net and text transformer together; return their moving average.
@@ -166,23 +214,20 @@ def train_unet(
     batch_size  samples a step, in each process
     start       the model whose weights to begin with; None: random ones
     """
-    rank, world = process()
     tokens, empty = tokenizer(captions), tokenizer([""])
     abar = ddim.alphas_cumprod().to(device)
-    torch.manual_seed(seed + 1)
+    torch.manual_seed(checkpoint.seed)
     model = Denoiser(len(tokenizer.vocab))
     if start is not None:
         model.unet.load_state_dict(start.unet.state_dict())
         model.text.load_state_dict(start.text_encoder.state_dict())
     model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
-    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
-    torch.manual_seed(seed + 2 + rank)
+    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if process()[1] > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
-    bar = tqdm(range(steps), desc="U-Net", unit="step", disable=rank > 0)
-    smooth = 1.0
-    for step in bar:
+    smooth = None
+    for step, bar in checkpoint.loop(steps, model=model, average=average, optimizer=optimizer, schedule=schedule):
         chosen = torch.randint(len(latents), (batch_size,))
         dropped = torch.rand(batch_size, 1) < DROP_PROMPT
         words = torch.where(dropped, empty, tokens[chosen]).to(device)
@@ -198,7 +243,7 @@ def train_unet(
             kept = min(0.999, step / (step + 9))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - kept)
         if step % 20 == 0:
-            smooth += (loss.item() - smooth) * max(0.05, 1 / (step // 20 + 1))
+            smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
             bar.set_postfix(loss=f"{smooth:.4f}")
     return average.eval()
 
@@ -224,8 +269,10 @@ def train_base(
     lr: float,
     seed: int,
     device: torch.device,
+    checkpoint_every: int = 1000,
+    resume: bool = False,
 ) -> None:
-    """Train the whole toy base and write it to `output` in half precision.
+    """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept.
 
     model  the toy base whose U-Net and text transformer to train on, its autoencoder and tokenizer kept; None: from scratch
 
@@ -235,34 +282,38 @@ def train_base(
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(hours=3))  # the others wait while one trains the autoencoder
     rank, world = process()
+    check_resume(output / "checkpoint.pt", resume)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoints = [
+        Checkpoint(output / "checkpoint.pt", stage, checkpoint_every, seed + i)
+        for i, stage in enumerate(("autoencoder", "U-Net"))
+    ]
     start = None if model is None else StableDiffusion.load(model, device=device)
     if start is None:
-        vae, tokenizer = autoencoder(output / "vae.pt", scenes, vae_steps, seed, device), new_tokenizer()
+        vae = autoencoder(output / "vae.pt", scenes, vae_steps, seed, device, checkpoints[0])
+        tokenizer = Tokenizer.from_merges(learn_merges(toy.captions()))
     else:
         vae, tokenizer = start.vae, start.tokenizer
     images, captions = pictures(range(rank, scenes, world))
     latents = encode(vae, images)
-    trained = train_unet(latents, captions, tokenizer, unet_steps, batch_size // world, lr, seed, device, start)
+    size = batch_size // world
+    trained = train_unet(latents, captions, tokenizer, unet_steps, size, lr, device, checkpoints[1], start)
     if rank == 0:
         StableDiffusion(trained.unet, vae, trained.text, tokenizer).save(output, dtype=torch.float16)
+        checkpoints[1].remove()
 
 
-def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device) -> VAE:
-    """Train the autoencoder, in one process while the others wait, unless the file `finished` holds it already."""
+def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device, checkpoint: Checkpoint) -> VAE:
+    """Return the autoencoder of the file `finished`, trained first if there is none: in one process, while others wait."""
     if not finished.is_file() and process()[0] == 0:
         images, _ = pictures(range(min(scenes, 4000)))
         torch.manual_seed(seed)
-        vae = train_vae(images, steps, device)
+        vae = train_vae(images, steps, device, checkpoint)
         normalise_latents(vae, images[:1000])
-        finished.parent.mkdir(parents=True, exist_ok=True)
         torch.save(vae.state_dict(), finished)
+        checkpoint.remove()
     if process()[1] > 1:
         dist.barrier()
     vae = VAE(TOY_VAE).to(device, memory_format=torch.channels_last).eval()
     vae.load_state_dict(torch.load(finished, weights_only=True))
     return vae
-
-
-def new_tokenizer() -> Tokenizer:
-    """Return the tokenizer learned from all captions of the toy world."""
-    return Tokenizer.from_merges(learn_merges(toy.captions()))

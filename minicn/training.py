@@ -5,8 +5,10 @@ Used by train_toy.py. Left out so far: other data than the toy world, several de
 """
 
 import csv
+import math
 import os
 import signal
+import statistics
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -99,6 +101,21 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (steps - step + 1) / (0.3 * steps))
 
 
+def check_resume(checkpoint: Path, resume: bool) -> None:
+    """Raise an error if there is a checkpoint that nobody asked to resume, or none where somebody did."""
+    if checkpoint.is_file() and not resume:
+        raise ValueError(f"{checkpoint.parent} already holds a run: --resume goes on with it, another --output begins anew")
+    if resume and not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint.parent} holds no checkpoint: leave out --resume to begin anew")
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """Write a checkpoint under a temporary name and rename it: a kill leaves the old or the new one whole."""
+    temporary = path.with_suffix(".part")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
 def stack(pictures: Sequence[np.ndarray]) -> Tensor:
     """Return pictures (H, W, 3) uint8 as one tensor (N, 3, H, W) uint8."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
@@ -152,6 +169,7 @@ class Run:
     def __init__(self, folder: Path, settings: dict):
         self.folder, self.settings = folder, settings
         self.rows: list[dict] = []
+        self.losses: list[float] = []  # since the last row
 
     @property
     def checkpoint(self) -> Path:
@@ -159,19 +177,14 @@ class Run:
 
     def prepare(self, resume: bool) -> None:
         """Make the folder. Raises ValueError if it holds a run already, or none to resume."""
-        if self.checkpoint.is_file() and not resume:
-            raise ValueError(f"{self.folder} already holds a run: --resume goes on with it, another --output begins anew")
-        if resume and not self.checkpoint.is_file():
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint: leave out --resume to begin anew")
+        check_resume(self.checkpoint, resume)
         (self.folder / "stages").mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, net: ControlNet, optimizer: torch.optim.Optimizer) -> None:
-        """Write the checkpoint under a temporary name and rename it: a kill leaves the old or the new one whole."""
+        """Write the checkpoint."""
         state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        state |= {"settings": self.settings, "rows": self.rows}
-        temporary = self.checkpoint.with_suffix(".part")
-        torch.save(state, temporary)
-        os.replace(temporary, self.checkpoint)
+        state |= {"settings": self.settings, "rows": self.rows, "losses": self.losses}
+        save_whole(state, self.checkpoint)
 
     def resume(self, net: ControlNet, optimizer: torch.optim.Optimizer) -> int:
         """Load the checkpoint and return its step.
@@ -187,7 +200,7 @@ class Run:
             raise ValueError(f"{self.checkpoint} has done {state['step']} steps already: give more --steps")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
-        self.rows = state["rows"]
+        self.rows, self.losses = state["rows"], state["losses"]
         return state["step"]
 
     def log(self, **row) -> None:
@@ -278,19 +291,20 @@ def train(
     abar = sd.alphas_cumprod.to(device)
     done = run.resume(net, optimizer) if resume else 0
 
-    def look(step: int, loss: float, seconds: float) -> float:
+    def look(step: int, seconds: float) -> float:
         images = validation.draw(net.eval())
         net.train()
         score = validation.score(images)
         run.save_stage(step, images)
+        loss = statistics.fmean(run.losses or [math.nan])
+        run.losses.clear()
         run.log(step=step, loss=round(loss, 5), score=round(score, 4), seconds=round(seconds, 1))
         run.save_sheet(validation)
         return score
 
     if not done:
-        look(0, float("nan"), 0.0)
+        look(0, 0.0)
     bar = tqdm(range(done + 1, steps + 1), initial=done, total=steps, desc="training", unit="step", smoothing=0.05)
-    loss_sum, losses = 0.0, 0
     shown = {"loss": "-", "score": "-"}
     earlier = run.rows[-1]["seconds"]
     with StopRequest() as stop:
@@ -301,13 +315,12 @@ def train(
                 group["lr"] = lr * learning_rate_factor(step, steps)
             optimizer.step()
             optimizer.zero_grad()
-            loss_sum, losses = loss_sum + loss.item(), losses + 1
+            run.losses.append(loss.item())
             if step % 20 == 0:
-                bar.set_postfix(shown | {"loss": f"{loss_sum / losses:.4f}"}, refresh=False)
+                bar.set_postfix(shown | {"loss": f"{statistics.fmean(run.losses):.4f}"}, refresh=False)
             if step % score_every == 0 or step == steps:
                 seconds = earlier + bar.format_dict["elapsed"]
-                shown["score"] = f"{look(step, loss_sum / losses, seconds):.2f}"
-                loss_sum, losses = 0.0, 0
+                shown["score"] = f"{look(step, seconds):.2f}"
             if step % checkpoint_every == 0 or step == steps or stop.asked:
                 run.save(step, net, optimizer)
             if stop.asked:

@@ -136,7 +136,10 @@ def write(path: str | Path, state: State, metadata: dict[str, str] | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes its files private
     safetensors.torch.save_file(state, temporary, {"format": "pt", **(metadata or {})})
+    temporary.chmod(mode)
     os.replace(temporary, path)
 
 

@@ -9,7 +9,7 @@ from conftest import outputs_of
 from safetensors import safe_open
 from torch import nn
 
-from minicn import ControlNet, ControlNetConfig, HintEncoder, UNet, UNetConfig
+from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, hint_encoder
 
 
 def tensors(module):
@@ -308,7 +308,7 @@ HINT_TABLE = [  # place, channels in and out, stride: those of the released weig
 
 def test_hint_encoder_has_the_released_layout():
     """Eight 3x3 convolutions, three of stride 2, SiLU between them, the last one zero (and 3x3, not 1x1)."""
-    encoder = HintEncoder(320)
+    encoder = hint_encoder(320)
     convs = [(i, m) for i, m in enumerate(encoder) if isinstance(m, nn.Conv2d)]
     assert [(i, m.in_channels, m.out_channels, m.stride[0]) for i, m in convs] == HINT_TABLE
     assert all(m.kernel_size == (3, 3) and m.padding == (1, 1) and m.stride[0] == m.stride[1] for _, m in convs)
@@ -318,7 +318,7 @@ def test_hint_encoder_has_the_released_layout():
 
 def test_hint_encoder_of_the_paper_has_4x4_convolutions_of_stride_2():
     """Paper vs code: the paper writes 4x4 kernels and 2x2 strides with ReLU; then comes a zero convolution."""
-    encoder = HintEncoder(8, paper=True)
+    encoder = hint_encoder(8, paper=True)
     convs = [m for m in encoder if isinstance(m, nn.Conv2d)]
     shapes = [(m.in_channels, m.out_channels, m.kernel_size, m.stride) for m in convs]
     four, two, one = (4, 4), (2, 2), (1, 1)
@@ -330,7 +330,7 @@ def test_hint_encoder_of_the_paper_has_4x4_convolutions_of_stride_2():
 @pytest.mark.parametrize("paper", [False, True])
 def test_hint_encoder_divides_the_size_by_eight(paper):
     """Eq. (9): E brings a hint of 8h x 8w pixels to h x w, in both versions."""
-    encoder = HintEncoder(8, (4, 4, 8, 8), paper)
+    encoder = hint_encoder(8, (4, 4, 8, 8), paper)
     assert encoder(torch.rand(2, 3, 40, 136)).shape == (2, 8, 5, 17)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_toy
-from minicn import ControlNet, StableDiffusion, __main__, toy, training, weights
+from minicn import ControlNet, StableDiffusion, __main__, pretraining, toy, training, weights
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--scenes 6 --batch-size 2 --pictures 2 --score-every 3 --checkpoint-every 3 --device cpu".split()
@@ -78,6 +78,55 @@ def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeyp
     resumed, _ = weights.read(tmp_path / "run" / "controlnet.safetensors")
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
     assert [r["step"] for r in log(tmp_path / "run")] == ["0", "3", "6"]
+
+
+def train_base(folder, *arguments):
+    short = "--base --scenes 4 --vae-steps 3 --steps 3 --batch-size 2 --checkpoint-every 2 --device cpu".split()
+    return train_toy.main([*short, "--output", str(folder), *arguments])
+
+
+def base_weights(folder):
+    return {part: weights.read(next((folder / part).glob("*.safetensors")))[0] for part in ("unet", "vae", "text_encoder")}
+
+
+def test_the_base_resumes_as_if_undisturbed(tmp_path, monkeypatch, capsys):
+    """`--base`, stopped once in the autoencoder and once in the U-Net, ends with the weights of a run left alone."""
+    train_base(tmp_path / "whole")
+    stopped = tmp_path / "stopped"
+    for i, (module, name) in enumerate(((pretraining, "vae_loss"), (pretraining.ddim, "add_noise"))):
+        calls, function = [], getattr(module, name)
+
+        def interrupted(*args, calls=calls, function=function, **kwargs):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, interrupted)
+        with pytest.raises(SystemExit) as stop:
+            train_base(stopped, *["--resume"] * i)
+        assert stop.value.code == 130
+        assert f"{stopped} holds a checkpoint" in capsys.readouterr().err
+        assert torch.load(stopped / "checkpoint.pt", weights_only=True)["done"] == 2
+        monkeypatch.undo()
+    with pytest.raises(SystemExit):
+        train_base(stopped)
+    assert "already holds a run" in capsys.readouterr().err
+    train_base(stopped, "--resume")
+    expected, resumed = base_weights(tmp_path / "whole"), base_weights(stopped)
+    for part in expected:
+        assert all(torch.equal(expected[part][key], resumed[part][key]) for key in expected[part]), part
+    assert not (stopped / "checkpoint.pt").exists()
+
+
+def test_the_base_can_go_on_from_a_model(tmp_path):
+    """`--base --model toy` keeps autoencoder and tokenizer and moves the other weights a little."""
+    train_base(tmp_path, "--model", "toy")
+    shipped, trained = base_weights(weights.TOY_BASE), base_weights(tmp_path)
+    assert all(torch.equal(shipped["vae"][key], trained["vae"][key]) for key in shipped["vae"])
+    for part in ("unet", "text_encoder"):
+        moved = max((trained[part][key] - shipped[part][key]).abs().max().item() for key in shipped[part])
+        assert 0 < moved < 1e-2  # three steps of at most 0.001, and rounding to half precision
 
 
 @pytest.mark.parametrize(
