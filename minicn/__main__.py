@@ -1,42 +1,83 @@
-"""The command line: `minicn generate` and `minicn condition`, the same as `python -m minicn`."""
+"""The command line: `minicn generate`, `condition`, `convert` and `inspect`, the same as `python -m minicn`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from minicn import cli, conditions
+import minicn
+from minicn import cli, conditions, converting
 from minicn.controlnet import ControlNet
-from minicn.pipeline import StableDiffusion
+from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(prog="minicn", description="ControlNet on Stable Diffusion 1.5, from scratch")
+    parser.add_argument("--version", action="version", version=f"minicn {minicn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     style = {"formatter_class": cli.Formatter}
 
     command = commands.add_parser("generate", help="draw a picture from a prompt and a hint", **style)
     add = command.add_argument
-    add("--model", default="toy", help='a diffusers folder, or "toy", the small model that ships')
-    add("--controlnet", help='a diffusers folder, a .safetensors file, or "toy-canny"')
-    add("--hint", type=Path, help="picture that steers, as large as the picture to draw; needs --controlnet")
-    add("--prompt", required=True, help="what to draw")
+    add("--model", default="toy", help=MODEL)
+    add("--controlnet", action="append", help='folder, file, repository, or "toy-canny"; may be given several times')
+    add("--hint", type=Path, action="append", help="picture that steers, as large as the picture to draw; one a ControlNet")
+    add("--prompt", help="what to draw; needed but with --prompt-setting")
     add("--negative-prompt", default="", help="what to keep away from")
+    add(
+        "--prompt-setting",
+        choices=("user", "none", "default", "automatic"),
+        default="user",
+        help=f'the paper\'s four: --prompt; the empty one; "{DEFAULT_PROMPT}"; a caption of what that one draws',
+    )
+    add("--captioner", help="automatic: a BLIP model for transformers, if installed (default: the toy's own, on the toy)")
     add("--num-steps", type=cli.whole(1, 1000), default=20, help="DDIM steps, 1 to 1000")
     add("--guidance-scale", type=cli.number(0, 100), default=9.0, help="how strongly the prompt counts; 1 is off")
-    add("--conditioning-scale", type=cli.number(0, 100), default=1.0, help="how strongly the hint counts; 1 as trained")
+    scale = cli.number(0, 100)
+    add(
+        "--conditioning-scale",
+        type=scale,
+        action="append",
+        help="how strongly a hint counts (default: 1, as trained)",
+    )
     add("--control-start", type=cli.number(0, 1), default=0.0, help="share of the steps at which control begins, 0 to 1")
     add("--control-end", type=cli.number(0, 1), default=1.0, help="share of the steps at which control ends, 0 to 1")
+    add(
+        "--guess-mode",
+        nargs="?",
+        const="official",
+        choices=("official", "diffusers"),
+        help="the hint counts where the prompt says nothing; residuals are scaled as the official code or diffusers does",
+    )
+    add("--image", type=Path, help="picture to begin from")
+    add("--mask", type=Path, help="picture, white where --image is to be drawn anew; the rest comes back unchanged")
+    add("--denoise", type=cli.number(0, 1), default=1.0, help="with --image: share of the steps that is run, above 0 to 1")
     add("--eta", type=cli.number(0, 1), default=0.0, help="noise that each step adds, 0 (DDIM) to 1 (DDPM)")
     add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of the first noise, 0 and up")
+    add(
+        "--num-images",
+        type=cli.whole(1, 1000),
+        default=1,
+        help="pictures, 1 and up; several are named NAME-0, NAME-1, ...",
+    )
+    add("--height", type=cli.whole(8), help="pixels, a multiple of 8 (default: the hint's)")
+    add("--width", type=cli.whole(8), help="pixels, a multiple of 8 (default: the hint's)")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the models")
+    add("--vae-dtype", choices=DTYPES, help="precision of the autoencoder (default: --dtype); float16 may overflow")
+    add("--vae", help="another autoencoder: file, folder or repository")
+    add("--tokenizer", help="folder with vocab.json and merges.txt, for a single file (default: CLIP's from the cache)")
+    add("--variant", help="of a folder's weights, as fp16")
+    add("--ema", action="store_true", help="of a file that holds both, take the moving average of the U-Net's weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--output", type=Path, required=True, help="picture to write; its ending chooses the format")
+    add("--output", type=Path, required=True, help="picture to write; its ending chooses the format; PNG keeps the settings")
 
     command = commands.add_parser("condition", help="make a hint from a picture", **style)
     add = command.add_argument
@@ -45,23 +86,83 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("hint", type=Path, help="picture to write")
     add("--low", type=cli.number(0, 10000), default=100, help="canny: edges above it are kept if connected")
     add("--high", type=cli.number(0, 10000), default=200, help="canny: edges above it are kept")
+
+    command = commands.add_parser("convert", help="write a model in another layout", **style)
+    add = command.add_argument
+    add("source", help="model, ControlNet, U-Net or autoencoder: folder, file or repository")
+    add("destination", type=Path, help="file (ldm) or folder (diffusers) to write")
+    add("--layout", choices=("ldm", "diffusers"), required=True, help="names of the weights to write")
+    add("--dtype", choices=DTYPES, help="precision to write (default: the source's)")
+    add(
+        "--part",
+        choices=converting.KINDS,
+        help="of a file with several models, the one to write",
+    )
+    add("--unet", help='the model whose U-Net a "difference" file of a ControlNet is added to')
+    add("--transfer-to", help="move a ControlNet to this other base: its copied layers get the difference of the bases")
+    add("--transfer-from", help="the base that it was trained on (default: the source's own U-Net)")
+    add("--tokenizer", help="folder with vocab.json and merges.txt, for a single file (default: CLIP's from the cache)")
+    add("--variant", help="of a folder's weights, as fp16")
+    add("--ema", action="store_true", help="of a file that holds both, take the moving average of the U-Net's weights")
+
+    command = commands.add_parser("inspect", help="say what a file or folder of weights holds", **style)
+    command.add_argument("source", help="folder, file or repository")
+    command.add_argument("--compare-to", help="model with which to compare the U-Net, tensor by tensor")
     return parser.parse_args(argv)
 
 
 def generate(args: argparse.Namespace) -> None:
     check_output(args.output)
-    if (args.hint is None) != (args.controlnet is None):
-        raise ValueError("--hint and --controlnet go together: give both or neither")
-    hint = None if args.hint is None else conditions.load_image(args.hint)
+    if args.prompt_setting == "user" and args.prompt is None:
+        raise ValueError("--prompt is missing: say what to draw, or choose --prompt-setting none, default or automatic")
+    if args.prompt_setting != "user" and args.prompt is not None:
+        raise ValueError(f"--prompt and --prompt-setting {args.prompt_setting} exclude each other: give one")
+    nets, hints, scales = args.controlnet or [], args.hint or [], args.conditioning_scale or [1.0]
+    if len(nets) != len(hints):
+        raise ValueError(f"--hint and --controlnet go together, but {len(hints)} and {len(nets)} came: give as many")
+    scales = scales * len(nets) if len(scales) == 1 else scales
+    if nets and len(scales) != len(nets):
+        raise ValueError(f"{len(scales)} --conditioning-scale came for {len(nets)} --controlnet: give one, or one for each")
+    if args.control_start > args.control_end:
+        raise ValueError(f"--control-start {args.control_start} lies after --control-end {args.control_end}: swap them")
+    hints = [conditions.load_image(path) for path in hints]
+    image, mask = (None if path is None else conditions.load_image(path) for path in (args.image, args.mask))
     device, dtype = cli.device(args.device), DTYPES[args.dtype]
-    sd = StableDiffusion.load(args.model, dtype=dtype, device=device)
-    net = None
-    if args.controlnet is not None:
-        net = ControlNet.load(args.controlnet, unet=sd.unet, dtype=dtype, device=device)
-    names = "prompt negative_prompt num_steps guidance_scale conditioning_scale control_start control_end eta seed"
+    sd = StableDiffusion.load(
+        args.model,
+        dtype=dtype,
+        device=device,
+        tokenizer=args.tokenizer,
+        vae=args.vae,
+        vae_dtype=args.vae_dtype and DTYPES[args.vae_dtype],
+        variant=args.variant,
+        ema=args.ema,
+    )
+    nets = [ControlNet.load(net, unet=sd.unet, dtype=dtype, device=device) for net in nets]
+    names = "negative_prompt num_steps guidance_scale control_start control_end denoise eta seed num_images height width"
     settings = {name: getattr(args, name) for name in names.split()}
-    [image] = sd.generate(**settings, hint=hint, controlnet=net, progress=True)
-    image.save(args.output)
+    prompt = {"user": args.prompt, "none": "", "default": DEFAULT_PROMPT}.get(args.prompt_setting)
+    if prompt is None:
+        from minicn import captioning
+
+        prompt = captioning.captioner(args.captioner, sd, args.model)
+    images = sd.generate(
+        prompt,
+        **settings,
+        hint=hints or None,
+        controlnet=nets or None,
+        conditioning_scale=scales if nets else 1.0,
+        guess_mode={None: False, "official": True}.get(args.guess_mode, args.guess_mode),
+        image=image,
+        mask=mask,
+        progress=True,
+    )
+    record = {key: value for key, value in vars(args).items() if value is not None} | {"minicn": minicn.__version__}
+    for i, image in enumerate(images):
+        path = args.output if len(images) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
+        information = PngInfo()
+        information.add_text("minicn", json.dumps(record | {"index": i}, default=str))
+        image.save(path, **({"pnginfo": information} if path.suffix.lower() == ".png" else {}))
 
 
 def condition(args: argparse.Namespace) -> None:
@@ -69,6 +170,34 @@ def condition(args: argparse.Namespace) -> None:
     edges = conditions.canny(conditions.load_image(args.image), args.low, args.high)
     Image.fromarray(edges).save(args.hint)
     print(f"{args.hint}: {edges.shape[1]}x{edges.shape[0]} pixels, {np.mean(edges > 0):.1%} of them edges")
+
+
+def convert(args: argparse.Namespace) -> None:
+    converting.check_destination(args.destination, args.layout)
+    cli.check_folder(args.destination.parent)
+    print(
+        converting.convert(
+            args.source,
+            args.destination,
+            args.layout,
+            dtype=args.dtype and DTYPES[args.dtype],
+            part=args.part,
+            unet=args.unet,
+            transfer_to=args.transfer_to,
+            transfer_from=args.transfer_from,
+            tokenizer=args.tokenizer,
+            variant=args.variant,
+            ema=args.ema,
+        )
+    )
+
+
+def inspect(args: argparse.Namespace) -> None:
+    for line in converting.describe(args.source):
+        print(line)
+    if args.compare_to:
+        for line in converting.compare(args.source, args.compare_to):
+            print(line)
 
 
 def check_output(path: Path) -> None:
@@ -85,7 +214,7 @@ def check_output(path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with cli.polite_errors():
-        {"generate": generate, "condition": condition}[args.command](args)
+        {"generate": generate, "condition": condition, "convert": convert, "inspect": inspect}[args.command](args)
     return 0
 
 

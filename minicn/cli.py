@@ -5,6 +5,7 @@ import contextlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,9 +85,16 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"output {folder} cannot be written: no permission in {existing}; name another --output")
 
 
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Print what minicn has to say as one line; other libraries' warnings are for developers."""
+    if Path(filename).parent == Path(__file__).parent:
+        print(f"note: {message}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def polite_errors(output: Path | None = None) -> Iterator[None]:
     """Turn what a user can mend into one line on standard error and exit status 2, Ctrl-C into 130."""
+    warnings.showwarning = show_warning
     try:
         yield
     except (ValueError, TypeError, OSError) as error:

@@ -6,6 +6,7 @@ checkpoints. `ControlledBlock` is eq. (2) for any block, `ControlNet` the same i
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minicn import weights
-from minicn.unet import UNet, UNetConfig, build_encoder, check_inputs, timestep_embedding, zero_module
+from minicn import files, hub, weights
+from minicn.unet import TextKeys, UNet, UNetConfig, build_encoder, check_inputs, embed_timesteps, zero_module
 
 
 def zero_conv(c_in: int, c_out: int | None = None, kernel_size: int = 1) -> nn.Conv2d:
@@ -65,6 +66,8 @@ class ControlNetConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     hint_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths of the hint encoder, at 1, 1/2, 1/4, 1/8 of the size
     paper_hint_encoder: bool = False  # the 4x4 convolutions that the paper describes
+    global_pool: bool = False  # residuals averaged over all positions, as in v1.1's "shuffle"
+    bgr: bool = False  # trained on hints with blue first
 
 
 def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False) -> nn.Sequential:
@@ -117,57 +120,71 @@ class ControlNet(nn.Module):
         unet: UNet | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
+        variant: str | None = None,
     ) -> "ControlNet":
-        """Load a ControlNet: a diffusers folder, a .safetensors file of either layout, or "toy-canny".
+        """Load a ControlNet, whichever published layout it has.
 
-        unet  the U-Net to be controlled; the ControlNet must fit its widths
-        Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit.
+        source   a diffusers folder; a .safetensors, .pth, .ckpt or .bin file; a Hugging Face repository; or "toy-canny"
+        unet     the U-Net to be controlled: the ControlNet must fit its widths, and "difference" files are added to it
+        variant  of a folder's weights, as "fp16"
+        Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. Warns if the file
+        holds a U-Net of its own (v1.0, "control_sd15_*.pth") that is not `unet`.
         """
-        path = Path(source)
-        if str(source).startswith("toy-"):
-            path = weights.TOY_CONTROLNETS / str(source).removeprefix("toy-")
-            if not path.is_dir():
-                there = ", ".join(sorted(f"toy-{folder.name}" for folder in weights.TOY_CONTROLNETS.glob("*/")))
-                raise FileNotFoundError(f"there is no ControlNet {source}; those that ship: {there or 'none'}")
+        path = hub.resolve(source, variant)
+        config: dict = {}
         if path.is_dir():
-            config = weights.read_json(path / "config.json")
-            cfg = ControlNetConfig(
-                UNetConfig(**weights.unet_fields(config, path / "config.json")),
-                tuple(config.get("conditioning_embedding_out_channels", ControlNetConfig.hint_channels)),
-            )
-            path = path / "diffusion_pytorch_model.safetensors"
-            state, _ = weights.read(path)
+            config = files.read_json(path / "config.json")
+            file = files.open_weights(files.find_weights(path, ("diffusion_pytorch_model",), variant))
         else:
-            state, metadata = weights.read(path)
-            if "minicn" not in metadata:
-                raise ValueError(f"{path} does not say its shape: name a diffusers folder or a file that minicn wrote")
-            fields = json.loads(metadata["minicn"])
-            unet_fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.pop("unet").items()}
-            cfg = ControlNetConfig(UNetConfig(**unet_fields), **fields | {"hint_channels": tuple(fields["hint_channels"])})
+            file = files.open_weights(path)
+        found = weights.contents(file)
+        if "controlnet" not in found.parts:
+            held = ", ".join(weights.WORDS[kind] for kind in found.parts)
+            raise ValueError(f"{file.path} holds no ControlNet, but: {held}; give it as the model instead")
+        if config:
+            shape = UNetConfig(**weights.unet_fields(config, path / "config.json"))
+        elif found.difference:
+            if unet is None:
+                raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
+            shape = unet.cfg
+        else:
+            shape = UNetConfig(**weights.fields_of(found, "controlnet"))
+        paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
+        cfg = ControlNetConfig(
+            shape,
+            hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
+            paper_hint_encoder=paper,
+            # Compat: nothing in a single file tells, so the field goes by the name.
+            global_pool=config.get("global_pool_conditions", "shuffle" in path.name),
+            bgr=config.get("controlnet_conditioning_channel_order", "rgb") == "bgr",
+        )
         if unet is not None and unet.cfg != cfg.unet:
-            raise ValueError(f"{path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
+            raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
         with torch.device("meta"):
             net = cls(cfg)
-        if "conv_in.weight" in state:
-            state = weights.from_diffusers("controlnet", state, net.state_dict())
-        weights.load_into(net, state, path, dtype)
-        return net.to(device).eval()
+        if found.difference:
+            found.file, found.parts["controlnet"] = _add_difference(found, unet, net)
+        weights.load_into(net, found.file, found.parts["controlnet"], dtype, device)
+        if unet is not None and "unet" in found.parts and not unet.out[2].weight.is_meta:
+            _warn_of_another_unet(found, unet)
+        return net.eval()
 
     def save(self, path: str | Path, layout: str = "ldm", dtype: torch.dtype | None = None) -> None:
         """Write the weights, in their own precision unless `dtype` is given.
 
-        path    layout "ldm": a .safetensors file, with our own names; "diffusers": a folder with config.json
+        path    layout "ldm": a .safetensors file with the names of the official ones; "diffusers": a folder with config.json
         Raises ValueError for another layout, or the paper's hint encoder in diffusers, which has none.
         """
         state = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.state_dict().items()}
         if layout == "ldm":
-            weights.write(path, state, {"minicn": json.dumps(asdict(self.cfg))})
+            state = {weights.PREFIXES["controlnet"] + key: tensor for key, tensor in state.items()}
+            files.write(path, state, {"minicn": json.dumps({"controlnet": asdict(self.cfg.unet)})})
         elif layout == "diffusers":
             if self.cfg.paper_hint_encoder:
                 raise ValueError('diffusers has no place for the hint encoder of the paper: save with layout "ldm"')
-            weights.write_json(Path(path) / "config.json", weights.controlnet_config(self.cfg))
+            files.write_json(Path(path) / "config.json", weights.controlnet_config(self.cfg))
             file = Path(path) / "diffusion_pytorch_model.safetensors"
-            weights.write(file, weights.to_diffusers("controlnet", state))
+            files.write(file, weights.to_diffusers("controlnet", state))
         else:
             raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
 
@@ -182,20 +199,58 @@ class ControlNet(nn.Module):
         """
         check_inputs(self.cfg.unet, x, timesteps, context)
         check_hint(hint, x)
-        return self.residuals(x, self.input_hint_block(hint), timesteps, context)
+        return self.residuals(x, self.hint_features(hint), timesteps, context)
 
-    def residuals(self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
-        """Do what `forward` does from E(hint), (B, C, h, w): a sampler computes that once, not every step."""
+    def hint_features(self, hint: Tensor) -> Tensor:
+        """Return E(hint) of eq. (9), (B, C, h, w), which does not change from step to step."""
+        return self.input_hint_block(hint.flip(1) if self.cfg.bgr else hint)
+
+    def residuals(
+        self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor | TextKeys, emb: Tensor | None = None
+    ) -> list[Tensor]:
+        """Do what `forward` does from E(hint), (B, C, h, w): a sampler computes that once, not every step.
+
+        context, emb  also `TextKeys` and the embedded timesteps, (1, 4 C), computed once by a sampler
+        """
         check_inputs(self.cfg.unet, x, timesteps, context)
-        emb = self.time_embed(timestep_embedding(timesteps, self.cfg.unet.model_channels).to(x.dtype))
+        emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb
         # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after.
         h = self.input_blocks[0](x, emb, context) + hint_features
         control = [self.zero_convs[0](h)]
         for block, zero in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
             h = block(h, emb, context)
             control.append(zero(h))
-        h = self.middle_block(h, emb, context)
-        return [*control, self.middle_block_out(h)]
+        control.append(self.middle_block_out(self.middle_block(h, emb, context)))
+        if self.cfg.global_pool:
+            control = [c.mean((2, 3), keepdim=True) for c in control]
+        return control
+
+
+def _add_difference(found: weights.Contents, unet: UNet, net: ControlNet) -> tuple[files.WeightFile, weights.Keys]:
+    """Return the whole weights of a "difference" file: copied layers hold copy - U-Net, or nothing where that is small."""
+    keys, base, state = found.parts["controlnet"], unet.state_dict(), {}
+    for name in net.state_dict():
+        if name in keys:
+            state[name] = found.file.get(keys[name])
+        copied = name.startswith(("time_embed.", "input_blocks.", "middle_block."))
+        if copied:
+            whole = base[name].detach().float().cpu()
+            state[name] = whole + state[name].float().view(whole.shape) if name in state else whole
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
+    return files.WeightFile(found.file.path, state.__getitem__, shapes, dtypes), {name: name for name in state}
+
+
+def _warn_of_another_unet(found: weights.Contents, unet: UNet) -> None:
+    """Say so if the file's own U-Net, with which the ControlNet was trained, is another one."""
+    different = weights.differences(found, "unet", unet)
+    if different:
+        name, most = different[0]
+        warnings.warn(
+            f"{found.file.path} holds a U-Net of its own: {len(different)} of {len(found.parts['unet'])} tensors differ "
+            f"from this base (most, by {most:.2g}: {name}); to draw with it, load the file as the model",
+            stacklevel=3,
+        )
 
 
 def check_hint(hint: Tensor, latents: Tensor) -> None:

@@ -117,6 +117,10 @@ class Tokenizer:
         text = "".join(self._word[int(i)] for i in ids if int(i) not in (self.start, self.end)).replace("</w>", " ")
         return b"".join(bytes([letter_bytes[c]]) if c != " " else b" " for c in text).decode("utf-8", "replace").strip()
 
+    def lost(self, prompt: str) -> str:
+        """Return the end of a prompt that does not fit into max_length tokens; "" if all does."""
+        return self.decode(self.encode(prompt)[self.max_length - 2 :])
+
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids (B, 77) int64 for B prompts.
 

@@ -37,6 +37,7 @@ BACKGROUNDS = {
     "pink": (250, 188, 206),
     "cyan": (152, 228, 236),
 }
+RELATIONS = ("beside", "above", "in front of")
 LIGHT = (-0.45, -0.55, 0.70)  # towards the lamp
 PITCH = 0.42  # radians that the camera looks down
 SHADES = (0.45, 0.6, 0.75, 0.9, 1.0)  # brightnesses at which `name_colours` knows a colour
@@ -145,9 +146,20 @@ def shows_caption(image: np.ndarray, scene: Scene, least: int = 40) -> bool:
 def captions() -> list[str]:
     """List one example of every sentence form with every word in it: what a tokenizer must know."""
     a, b, c = ("a red ball", "a blue box", "a green star")
-    forms = [a, f"{a} beside {b}", f"{a} above {b}", f"{a} in front of {b}", f"{a}, {b} and {c}"]
-    things = [f"{_article(colour)} {kind}" for colour in COLOURS for kind in THINGS]
-    return [f"{form} on a {background} background" for form in forms + things for background in BACKGROUNDS]
+    forms = [([a], ""), *(([a, b], relation) for relation in RELATIONS), ([a, b, c], "")]
+    forms += [([name], "") for name in thing_names()]
+    return [sentence(names, background, relation) for names, relation in forms for background in BACKGROUNDS]
+
+
+def thing_names() -> list[str]:
+    """List every thing in every colour: "a red ball", "a red box", ..."""
+    return [f"{_article(colour)} {kind}" for colour in COLOURS for kind in THINGS]
+
+
+def sentence(names: list[str], background: str, relation: str = "") -> str:
+    """Say one to three things and their background; two stand to each other in one of RELATIONS."""
+    said = f"{names[0]}, {names[1]} and {names[2]}" if len(names) == 3 else f" {relation} ".join(names)
+    return f"{said} on a {background} background"
 
 
 @lru_cache
@@ -208,14 +220,9 @@ def _article(colour: str) -> str:
 
 def _caption(things: tuple[Thing, ...], background: str, relation: str) -> str:
     names = [f"{_article(thing.colour)} {thing.kind}" for thing in things]
-    if len(names) == 3:
-        said = f"{names[0]}, {names[1]} and {names[2]}"
-    else:
-        said = names[0]
-        if len(names) == 2:
-            first, second = (1, 0) if relation == "above" and things[0].y > things[1].y else (0, 1)
-            said = f"{names[first]} {relation} {names[second]}"
-    return f"{said} on a {background} background"
+    if relation == "above" and things[0].y > things[1].y:
+        names.reverse()
+    return sentence(names, background, relation)
 
 
 # Rendering: each shape answers, for sample points (x, y) around its middle, with z and the surface normal

@@ -10,6 +10,7 @@ labels, scale-shift norms, dropout, transformers deeper than one block).
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,11 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angles = timesteps[:, None].float() * freqs  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def embed_timesteps(time_embed: nn.Sequential, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the features of timesteps (B,), (B, 4 C), that every resnet block takes."""
+    return time_embed(timestep_embedding(timesteps, time_embed[0].in_features).to(dtype))
 
 
 class ResBlock(nn.Module):
@@ -72,13 +78,32 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (  # each (B, heads, N, dim / heads)
-            f(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
+    def forward(self, x: Tensor, context: "Tensor | TextKeys") -> Tensor:
+        q = self.split(self.to_q(x))
+        k, v = context[self] if isinstance(context, TextKeys) else self.keys_and_values(context)
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(h.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
+
+
+class TextKeys(dict):
+    """What every cross-attention of some models makes of the text, (keys, values), once for all steps of a sampler.
+
+    It stands in for the context that it was made of; the numbers are the same.
+    """
+
+    def __init__(self, models: Iterable[nn.Module], context: Tensor):
+        super().__init__()
+        self.context = context
+        for model in models:
+            for module in model.modules():
+                if isinstance(module, TransformerBlock):
+                    self[module.attn2] = module.attn2.keys_and_values(context)
 
 
 class GEGLU(nn.Module):
@@ -235,17 +260,25 @@ class UNet(nn.Module):
             nn.GroupNorm(groups, c_in), nn.SiLU(), zero_module(nn.Conv2d(c_in, cfg.out_channels, 3, padding=1))
         )
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, control: list[Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | TextKeys,
+        control: list[Tensor] | None = None,
+        emb: Tensor | None = None,
+    ) -> Tensor:
         """Return the predicted noise, shaped like x.
 
         x          (B, 4, h, w)        noisy latents, any h and w
         timesteps  (B,)                0 to 999
         context    (B, 77, 768)        text features
         control    list of 13 tensors  added to the 12 skips and, the last, to the middle block's output
+        emb        (1 or B, 4 C)       the timesteps embedded, where a sampler has them already
         Raises ValueError for latents, timesteps, context or control that do not fit the model.
         """
         check_inputs(self.cfg, x, timesteps, context)
-        emb = self.time_embed(timestep_embedding(timesteps, self.cfg.model_channels).to(x.dtype))
+        emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb
         h, skips = x, []
         for block in self.input_blocks:
             h = block(h, emb, context)
@@ -261,8 +294,9 @@ class UNet(nn.Module):
         return self.out(h)
 
 
-def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor) -> None:
+def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor | TextKeys) -> None:
     """Raise ValueError, in words, for what would fail deep inside."""
+    context = context.context if isinstance(context, TextKeys) else context
     if x.ndim != 4 or x.shape[1] != cfg.in_channels:
         raise ValueError(f"latents have shape {tuple(x.shape)}, but the model takes (B, {cfg.in_channels}, h, w)")
     if timesteps.shape != x.shape[:1]:
@@ -279,7 +313,8 @@ def check_control(control: list[Tensor], features: list[Tensor]) -> None:
     if len(control) != len(features):
         raise ValueError(f"control has {len(control)} tensors, but the model has {len(features)} connections")
     for i, (residual, feature) in enumerate(zip(control, features, strict=True)):
-        if residual.shape[1:] != feature.shape[1:] or residual.shape[0] not in (1, feature.shape[0]):
+        fits = residual.shape[2:] in (feature.shape[2:], (1, 1))  # (1, 1): averaged over all positions
+        if not fits or residual.shape[1] != feature.shape[1] or residual.shape[0] not in (1, feature.shape[0]):
             raise ValueError(
                 f"control[{i}] has shape {tuple(residual.shape)}, but the model needs {tuple(feature.shape)}: "
                 "use a ControlNet of this U-Net's widths and latents of the same size"

@@ -1,23 +1,26 @@
-"""Files <-> modules: the published layouts of weights and configurations, read and written.
+"""Names of weights: every published layout of Stable Diffusion 1.5 and its ControlNets, to and from our modules' own.
 
-Two layouts: "ldm" (CompVis, the official ControlNet, and our modules' own names) and "diffusers" (Hugging Face). They
-differ by names alone, but for the autoencoder's attention, whose 1x1 convolutions are linear layers in diffusers.
-Nothing here imports a model class: a model gives its keys and shapes, a file its tensors.
+Our modules carry the names of the ldm checkpoints (CompVis, the official ControlNet). diffusers' differ by names alone,
+but for the autoencoder's attention, whose 1x1 convolutions are linear layers there. A part of a file is a dictionary from
+our names to the file's. Nothing here imports a model class: a model gives its keys and shapes, a file its tensors.
 """
 
+import itertools
 import json
-import os
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-State = dict[str, Tensor]
+from minicn.files import WeightFile
 
-# ldm -> diffusers, applied in order to the front of a key; {i} {j} are filled from the block number
+State = dict[str, Tensor]
+Keys = dict[str, str]  # our name of a tensor: the file's
+
+# ldm -> diffusers, by the beginning of a key
+
 RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -26,158 +29,337 @@ RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-TOP = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-    "middle_block_out.0": "controlnet_mid_block",
-    "input_hint_block.0": "controlnet_cond_embedding.conv_in",
-    "input_hint_block.14": "controlnet_cond_embedding.conv_out",
-}
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 2023
 
 
-def unet_to_diffusers(key: str) -> str:
-    """Rename a key of the U-Net or the ControlNet from ldm to diffusers."""
-    for old, new in TOP.items():
-        if key.startswith(old + "."):
-            return new + _resnet(key.removeprefix(old))
-    part, *rest = key.split(".")
-    if part == "input_hint_block":
-        return f"controlnet_cond_embedding.blocks.{int(rest[0]) // 2 - 1}.{rest[1]}"
-    if part == "zero_convs":
-        return f"controlnet_down_blocks.{rest[0]}.{rest[2]}"
-    i, layer, tail = int(rest[0]), int(rest[1]), "." + ".".join(rest[2:])
-    if part == "input_blocks":
-        level, j = (i - 1) // 3, (i - 1) % 3
-        if tail.startswith(".op."):
-            return f"down_blocks.{level}.downsamplers.0.conv{tail.removeprefix('.op')}"
-        return f"down_blocks.{level}.{'attentions' if layer else 'resnets'}.{j}{_resnet(tail)}"
-    level, j = i // 3, i % 3
-    if tail.startswith(".conv."):
-        return f"up_blocks.{level}.upsamplers.0{tail}"
-    return f"up_blocks.{level}.{'attentions' if layer else 'resnets'}.{j}{_resnet(tail)}"
+def _unet_names() -> dict[str, str]:
+    """U-Net and ControlNet. In both layouts, level l holds resnets j; ldm counts blocks through, diffusers by level."""
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+        "middle_block_out.0": "controlnet_mid_block",
+        "input_hint_block.0": "controlnet_cond_embedding.conv_in",
+        "input_hint_block.14": "controlnet_cond_embedding.conv_out",
+    }
+    names |= {f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(6)}
+    names |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(12)}
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    for level, j in itertools.product(range(4), range(3)):
+        down, up = 3 * level + j + 1, 3 * level + j
+        if j < 2:
+            resnets[f"input_blocks.{down}.0"] = f"down_blocks.{level}.resnets.{j}"
+            names[f"input_blocks.{down}.1"] = f"down_blocks.{level}.attentions.{j}"
+        elif level < 3:
+            names[f"input_blocks.{down}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        resnets[f"output_blocks.{up}.0"] = f"up_blocks.{level}.resnets.{j}"
+        names[f"output_blocks.{up}.1"] = f"up_blocks.{level}.attentions.{j}"
+        if j == 2 and level < 3:  # behind the attention, which the coarsest level does not have
+            names[f"output_blocks.{up}.{2 if level else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return names | _inside(resnets, RESNET)
 
 
-def _resnet(tail: str) -> str:
-    for old, new in RESNET.items():
-        if tail.startswith(f".{old}."):
-            return f".{new}{tail.removeprefix('.' + old)}"
-    return tail
+def _vae_names() -> dict[str, str]:
+    """The autoencoder. ldm stores the decoder's levels in the encoder's order, diffusers as they run."""
+    names = {f"{side}.norm_out": f"{side}.conv_norm_out" for side in ("encoder", "decoder")}
+    attention, shortcut = {}, {}
+    for side in ("encoder", "decoder"):
+        attention[f"{side}.mid.attn_1"] = f"{side}.mid_block.attentions.0"
+        names |= {f"{side}.mid.block_{j + 1}": f"{side}.mid_block.resnets.{j}" for j in range(2)}
+    for level, j in itertools.product(range(4), range(3)):
+        shortcut[f"encoder.down.{level}.block.{j}"] = f"encoder.down_blocks.{level}.resnets.{j}"
+        shortcut[f"decoder.up.{level}.block.{j}"] = f"decoder.up_blocks.{3 - level}.resnets.{j}"
+        names[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        names[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{3 - level}.upsamplers.0.conv"
+    return names | _inside(attention, VAE_ATTENTION) | _inside(shortcut, {"nin_shortcut": "conv_shortcut"}) | shortcut
 
 
-def vae_to_diffusers(key: str) -> str:
-    """Rename a key of the autoencoder (of four levels) from ldm to diffusers."""
-    key = key.replace("norm_out", "conv_norm_out").replace("nin_shortcut", "conv_shortcut")
-    key = re.sub(r"\.down\.(\d)\.block\.", r".down_blocks.\1.resnets.", key)
-    key = re.sub(r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0.", key)
-    key = re.sub(r"\.up\.(\d)\.block\.", lambda m: f".up_blocks.{3 - int(m[1])}.resnets.", key)
-    key = re.sub(r"\.up\.(\d)\.upsample\.", lambda m: f".up_blocks.{3 - int(m[1])}.upsamplers.0.", key)
-    key = re.sub(r"\.mid\.block_(\d)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}.", key)
-    return re.sub(r"\.mid\.attn_1\.(\w+)\.", lambda m: f".mid_block.attentions.0.{VAE_ATTENTION[m[1]]}.", key)
+def _inside(blocks: dict[str, str], inner: dict[str, str]) -> dict[str, str]:
+    """Join the names of blocks with those of the layers in them."""
+    return {f"{a}.{x}": f"{b}.{y}" for (a, b), (x, y) in itertools.product(blocks.items(), inner.items())}
 
 
-TO_DIFFUSERS = {
-    "unet": unet_to_diffusers,
-    "controlnet": unet_to_diffusers,
-    "vae": vae_to_diffusers,
-    "text_encoder": lambda key: key,  # transformers' names are the published ones
-}
+TO_DIFFUSERS = {"unet": _unet_names(), "vae": _vae_names(), "text_encoder": {}}  # transformers' names are the published ones
+TO_DIFFUSERS["controlnet"] = TO_DIFFUSERS["unet"]
+FROM_DIFFUSERS = {kind: {new: old for old, new in names.items()} for kind, names in TO_DIFFUSERS.items()}
+
+
+def rename(key: str, names: dict[str, str]) -> str:
+    """Replace the longest beginning of a key that a table knows; a key that it does not know stays."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        new = names.get(".".join(parts[:n]))
+        if new is not None:
+            return ".".join([new, *parts[n:]])
+    return key
+
+
+def own_name(kind: str, key: str) -> str:
+    """Return our name of a file's key, its prefix removed, whichever layout it has."""
+    if kind == "text_encoder":
+        return key if key.startswith("text_model.") else f"text_model.{key}"
+    if kind == "vae" and ".attentions." in key:
+        block, layer, tail = re.match(r"(.*\.attentions\.0)\.(.*)\.(\w+)$", key).groups()
+        key = f"{block}.{OLD_VAE_ATTENTION.get(layer, layer)}.{tail}"
+    return rename(key, FROM_DIFFUSERS[kind])
 
 
 def to_diffusers(kind: str, state: State) -> State:
     """Rename a model's own state into the diffusers layout. `kind` is a key of TO_DIFFUSERS."""
     renamed = {}
     for key, tensor in state.items():
-        new = TO_DIFFUSERS[kind](key)
+        new = rename(key, TO_DIFFUSERS[kind])
         linear = kind == "vae" and ".attentions." in new and tensor.ndim == 4
         renamed[new] = tensor[:, :, 0, 0] if linear else tensor
     return renamed
 
 
-def from_diffusers(kind: str, state: State, like: State) -> State:
-    """Rename a diffusers state into the names of a model whose own state is `like` (it may live on "meta")."""
-    names = {TO_DIFFUSERS[kind](key): key for key in like}
-    renamed = {}
-    for key, tensor in state.items():
-        own = names.get(key, key)
-        if own in like and tensor.ndim == 2 and like[own].ndim == 4:
-            tensor = tensor[:, :, None, None]
-        renamed[own] = tensor
-    return renamed
+# What is in a file
+
+PREFIXES = {  # in a checkpoint of several models
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+    "controlnet": "control_model.",
+}
+MARKS = {  # keys of a model alone in its file, of which one is enough
+    "controlnet": ("input_hint_block.0.weight", "zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight"),
+    "unet": ("input_blocks.0.0.weight", "up_blocks.0.resnets.0.conv1.weight"),
+    "vae": ("encoder.conv_in.weight",),
+    "text_encoder": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+}
+WORDS = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "controlnet": "ControlNet"}
 
 
-# Files
+@dataclass
+class Contents:
+    """What a file holds.
 
-
-def read(path: str | Path) -> tuple[State, dict[str, str]]:
-    """Read a .safetensors file: its tensors and its metadata.
-
-    Raises FileNotFoundError or ValueError, naming the file, if it is missing or not whole.
+    layout      in words, for people
+    parts       kind of model: our names of its tensors -> the file's
+    ema         the U-Net's moving average, the same way; empty if there is none
+    difference  a ControlNet that holds its difference to the U-Net it was made for
+    other       how many tensors belong to no model
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: name a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no whole .safetensors file ({error}): fetch it again") from error
+
+    file: WeightFile
+    layout: str
+    parts: dict[str, Keys]
+    ema: Keys = field(default_factory=dict)
+    difference: bool = False
+    other: int = 0
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        return {own: self.file.shapes[key] for own, key in self.parts[kind].items()}
 
 
-def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file under a temporary name, then rename it: a file of this name is always whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes its files private
-    safetensors.torch.save_file(state, temporary, {"format": "pt", **(metadata or {})})
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+def contents(file: WeightFile) -> Contents:
+    """Tell what a file holds, from its keys and shapes alone.
+
+    Raises ValueError, naming what it is instead, for everything but Stable Diffusion 1.5 and its ControlNets.
+    """
+    names = {}
+    for key in file.shapes:
+        names[re.sub(r"^((module|_orig_mod)\.)+", "", key)] = key
+    refuse_others({name: file.shapes[key] for name, key in names.items()}, file.path)
+    parts: dict[str, Keys] = {}
+    flat, other = {}, 0
+    for name, key in names.items():
+        kind = next((kind for kind, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        if kind is not None:
+            parts.setdefault(kind, {})[own_name(kind, name.removeprefix(PREFIXES[kind]))] = key
+        elif name.startswith("model_ema.diffusion_model"):
+            flat[name.removeprefix("model_ema.diffusion_model")] = key
+        else:
+            other += 1
+    if parts:
+        layout = "ldm checkpoint" if "unet" in parts else "ldm files of single models"
+    else:
+        kind = next((kind for kind, marks in MARKS.items() if any(mark in names for mark in marks)), None)
+        if kind is None:
+            raise ValueError(
+                f"{file.path} holds no model that minicn knows (its first tensors: {', '.join(list(names)[:3])}); minicn "
+                "runs Stable Diffusion 1.5 and its ControlNets"
+            )
+        ignored = {name for name in names if name.startswith(("loss.", "model_ema.")) or name == "difference"}
+        parts[kind] = {own_name(kind, name): key for name, key in names.items() if name not in ignored}
+        new = any(own != name for own, name in zip(parts[kind], (n for n in names if n not in ignored), strict=True))
+        layout, other = ("diffusers" if new and kind != "text_encoder" else "ldm, without a prefix"), len(ignored)
+    for keys in parts.values():
+        keys.pop("text_model.embeddings.position_ids", None)  # a buffer that old files hold: 0, 1, 2, ...
+    ema = {own: flat[own.replace(".", "")] for own in parts.get("unet", {}) if own.replace(".", "") in flat}
+    found = Contents(file, layout, parts, ema, "difference" in names, other)
+    refuse_other_widths(found)
+    return found
 
 
-def load_into(model: torch.nn.Module, state: State, source: str | Path, dtype: torch.dtype) -> None:
-    """Give a model built on "meta" its tensors, without a copy in between.
+def refuse_others(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raise ValueError for a file of another architecture, by the keys that give it away."""
+    control = any("zero_convs." in k or "controlnet_" in k or "input_hint_block" in k for k in shapes)
+    net = "ControlNet" if control else "model"
 
-    Raises ValueError, naming file and tensor, for a missing, unknown or misshapen tensor.
+    def has(*parts: str) -> bool:
+        return any(part in key for key in shapes for part in parts)
+
+    for what, found in (
+        ("a Control-LoRA", has("lora_controlnet")),
+        ("a LoRA", has("lora_unet", "lora_te_", ".lora_A.", ".lora_B.", "lora_up", "lora_down", "lora.up")),
+        ("a T2I-Adapter", has("body.0.in_conv.weight", "adapter.body.0") or ("conv_in.weight" in shapes and has("body.0."))),
+        ("a SparseCtrl ControlNet", has("motion_modules")),
+        ("a ControlNet Union", has("control_add_embedding", "task_embedding")),
+        (f"an SDXL {net}", has("conditioner.embedders", "label_emb.0.0.weight", "add_embedding.linear_1.weight")),
+        (
+            "a Stable Diffusion 3 or Flux model",
+            has("joint_blocks.", "double_blocks.", "transformer_blocks.0.attn.add_q_proj"),
+        ),
+        ("a Stable Diffusion 2 model", has("cond_stage_model.model.")),
+    ):
+        if found:
+            context = [shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight") and len(shape) == 2]
+            width = f" (context width {context[0]})" if context else ""
+            raise ValueError(f"{path} is {what}{width}; minicn runs Stable Diffusion 1.5 and its ControlNets")
+
+
+def refuse_other_widths(found: Contents) -> None:
+    """Raise ValueError for relatives of Stable Diffusion 1.5 that differ in a shape alone."""
+    for kind in ("unet", "controlnet"):
+        shapes = found.shapes(kind) if kind in found.parts else {}
+        first = shapes.get("input_blocks.0.0.weight", (0, 4))
+        keys = shapes.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 768))
+        what = RELATIVES.get(("context", keys[1])) or RELATIVES.get(("channels", first[1]))
+        if what:
+            raise ValueError(
+                f"{found.file.path} is {what.format(WORDS[kind])}; minicn runs Stable Diffusion 1.5 (context width 768, 4 "
+                "latent channels)"
+            )
+
+
+RELATIVES = {
+    ("context", 1024): "a Stable Diffusion 2 {} (context width 1024)",
+    ("context", 2048): "an SDXL {} (context width 2048)",
+    ("channels", 9): "an inpainting {} (9 input channels)",
+    ("channels", 8): "an instruct-pix2pix {} (8 input channels)",
+}
+
+
+# Our configurations, from shapes or from metadata
+
+
+def fields_of(found: Contents, kind: str) -> dict:
+    """Return the fields of a model's configuration: those that minicn wrote into the file, else read from the shapes.
+
+    Heads and groups leave no trace in the shapes: they are Stable Diffusion 1.5's unless the file says otherwise.
+    Raises ValueError, naming the tensor, where the structure is another one.
+    """
+    written = found.file.metadata.get("minicn")
+    if written:
+        try:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(written)[kind].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{found.file.path} has metadata of minicn that cannot be read ({error!r})") from error
+    shapes = found.shapes(kind)
+
+    def size(key: str, dim: int) -> int:
+        if key not in shapes:
+            raise ValueError(f"{found.file.path} has no {key}: its {WORDS[kind]} is not whole, or of another structure")
+        if len(shapes[key]) <= dim:
+            raise ValueError(f"{found.file.path}: {key} has shape {shapes[key]}: its {WORDS[kind]} is of another structure")
+        return shapes[key][dim]
+
+    if kind == "vae":
+        widths = [size(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(4)]
+        return {"channels": tuple(widths), "latent_channels": size("decoder.conv_in.weight", 1)}
+    if kind == "text_encoder":
+        embedding, layer = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers."
+        hidden = size(embedding, 1)
+        return {
+            "vocab_size": size(embedding, 0),
+            "hidden_size": hidden,
+            "intermediate_size": size(f"{layer}0.mlp.fc1.weight", 0),
+            "num_layers": len({key.split(".")[3] for key in shapes if key.startswith(layer)}),
+            "num_heads": max(hidden // 64, 1),  # CLIP's heads are 64 wide
+            "max_positions": size("text_model.embeddings.position_embedding.weight", 0),
+        }
+    base = size("input_blocks.0.0.weight", 0)
+    # Of a "difference" file even this may be missing; then the U-Net decides.
+    widths = [size(f"input_blocks.{3 * level + 1}.0.in_layers.2.weight", 0) for level in range(4)]
+    if any(width % base for width in widths):
+        raise ValueError(f"{found.file.path} has widths {widths}, but each must be a multiple of the first, {base}")
+    return {
+        "model_channels": base,
+        "in_channels": size("input_blocks.0.0.weight", 1),
+        "channel_mult": tuple(width // base for width in widths),
+        "context_dim": size("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 1),
+    }
+
+
+def hint_channels_of(found: Contents) -> tuple[int, ...]:
+    """Return the widths of a ControlNet's hint encoder."""
+    shapes = found.shapes("controlnet")
+    keys = [f"input_hint_block.{i}.weight" for i in (0, 4, 8, 12)]
+    if any(key not in shapes for key in keys):
+        raise ValueError(
+            f"{found.file.path} has no {next(k for k in keys if k not in shapes)}: its hint encoder is not whole"
+        )
+    return tuple(shapes[key][0] for key in keys)
+
+
+# Into and out of modules
+
+
+def load_into(
+    model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
+    """Give a model built on "meta" the tensors of a file, one by one, convolutions in the faster memory layout.
+
+    Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor.
     """
     own = model.state_dict()
-    missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
+    missing, unknown = [k for k in own if k not in keys], [k for k in keys if k not in own]
     if missing or unknown:
         raise ValueError(
-            f"{source} does not fit: {len(missing)} tensors are missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'})"
+            f"{file.path} does not fit: {len(missing)} tensors are missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(unknown)} are unknown ({', '.join(keys[k] for k in unknown[:3]) or '-'})"
         )
-    for key, tensor in state.items():
-        if tensor.shape != own[key].shape:
-            raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}, but needs {tuple(own[key].shape)}")
-    model.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, assign=True)
+    state = {}
+    for name, like in own.items():
+        shape = file.shapes[keys[name]]
+        if shape != tuple(like.shape) and not (
+            like.ndim == 4 and shape == tuple(like.shape[:2]) and like.shape[2:] == (1, 1)
+        ):
+            raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but needs {tuple(like.shape)}")
+        state[name] = load_tensor(file, keys[name], dtype, device).view(like.shape)
+        if like.ndim == 4:
+            state[name] = state[name].contiguous(memory_format=torch.channels_last)
+    model.load_state_dict(state, assign=True)
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a configuration file. Raises FileNotFoundError or ValueError naming it."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a diffusers folder holds it")
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+def load_tensor(file: WeightFile, key: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
+    """Read a tensor of weights. Raises ValueError if it holds anything but finite numbers."""
+    tensor = file.get(key)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{file.path}: {key} holds {file.dtypes[key]}, but weights are floating-point numbers")
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # a sum reads once; isfinite of each would write a mask, too
+        raise ValueError(f"{file.path}: {key} holds NaN or infinite values: the file is damaged, fetch it again")
+    return tensor.to(device, dtype)
 
 
-def write_json(path: str | Path, config: dict) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tuple[str, float]]:
+    """Return, largest first, the tensors in which a part of a file differs from a model, as ||a - b|| / ||b||."""
+    own, different = model.state_dict(), []
+    for name, key in found.parts[kind].items():
+        a, b = found.file.get(key).float(), own[name].float().cpu()
+        a = a.view(b.shape)
+        if not torch.equal(a, b):
+            different.append((name, ((a - b).norm() / b.norm().clamp(min=1e-12)).item()))
+    return sorted(different, key=lambda pair: -pair[1])
 
 
-# Configurations: the fields of our config classes, from and to diffusers' config.json
+# Configurations of diffusers folders: the fields of our config classes, from and to diffusers' config.json
 
 UNET_FIELDS = {  # ours: diffusers'
     "in_channels": "in_channels",
@@ -223,6 +405,16 @@ def fields_from_config(fields: dict[str, str], config: dict, source: str | Path)
             raise ValueError(f"{source} has no {theirs}: this is not a configuration of Stable Diffusion 1.5's kind")
         found[ours] = tuple(value) if isinstance(value, list) else value
     return found
+
+
+def vae_fields(config: dict, source: str | Path) -> dict:
+    """Return the fields of VAEConfig from a diffusers configuration."""
+    return fields_from_config(VAE_FIELDS, config, source)
+
+
+def text_fields(config: dict, source: str | Path) -> dict:
+    """Return the fields of TextConfig from a transformers configuration, old ones of CLIP's two towers, too."""
+    return fields_from_config(TEXT_FIELDS, config.get("text_config") or config, source)
 
 
 def unet_fields(config: dict, source: str | Path) -> dict:
@@ -321,6 +513,3 @@ MODEL_INDEX = {
     "image_encoder": [None, None],
     "requires_safety_checker": False,
 }
-
-TOY_BASE = Path(__file__).parent / "toy_base"
-TOY_CONTROLNETS = Path(__file__).parent / "toy_controlnets"  # a folder for each condition: "toy-canny" is canny/

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import ControlNet, StableDiffusion, conditions, ddim, toy
+from minicn import ControlNet, StableDiffusion, conditions, ddim, hub, toy
 
 PROMPT = "a red ball beside a yellow person on a white background"
 QUICK = dict(num_steps=2, height=32, width=32)
@@ -191,9 +191,7 @@ def test_a_prompt_that_is_no_text_is_refused(sd):
 
 def test_the_toy_base_is_small_and_its_latents_have_the_size_of_stable_diffusions(sd):
     """The folder weighs at most 24 MB, and 0.18215 makes the toy's latents about standard normal, too."""
-    from minicn import weights
-
-    assert sum(path.stat().st_size for path in weights.TOY_BASE.rglob("*") if path.is_file()) <= 24e6
+    assert sum(path.stat().st_size for path in hub.TOY_BASE.rglob("*") if path.is_file()) <= 24e6
     images = torch.from_numpy(np.stack([toy.scene(i, "test").image for i in range(16)])).permute(0, 3, 1, 2)
     with torch.no_grad():
         latents = sd.vae.encode(images.float() / 127.5 - 1)[0] * sd.vae.cfg.scaling_factor

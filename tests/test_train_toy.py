@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_toy
-from minicn import ControlNet, StableDiffusion, __main__, pretraining, toy, training, weights
+from minicn import ControlNet, StableDiffusion, __main__, files, hub, pretraining, toy, training
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--scenes 6 --batch-size 2 --pictures 2 --score-every 3 --checkpoint-every 3 --device cpu".split()
@@ -74,8 +74,8 @@ def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeyp
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
     monkeypatch.undo()
     train(tmp_path / "run", "--steps", "6", "--resume")
-    expected, _ = weights.read(run / "controlnet.safetensors")
-    resumed, _ = weights.read(tmp_path / "run" / "controlnet.safetensors")
+    expected = files.read(run / "controlnet.safetensors")
+    resumed = files.read(tmp_path / "run" / "controlnet.safetensors")
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
     assert [r["step"] for r in log(tmp_path / "run")] == ["0", "3", "6"]
 
@@ -86,7 +86,7 @@ def train_base(folder, *arguments):
 
 
 def base_weights(folder):
-    return {part: weights.read(next((folder / part).glob("*.safetensors")))[0] for part in ("unet", "vae", "text_encoder")}
+    return {part: files.read(next((folder / part).glob("*.safetensors"))) for part in ("unet", "vae", "text_encoder")}
 
 
 def test_the_base_resumes_as_if_undisturbed(tmp_path, monkeypatch, capsys):
@@ -122,7 +122,7 @@ def test_the_base_resumes_as_if_undisturbed(tmp_path, monkeypatch, capsys):
 def test_the_base_can_go_on_from_a_model(tmp_path):
     """`--base --model toy` keeps autoencoder and tokenizer and moves the other weights a little."""
     train_base(tmp_path, "--model", "toy")
-    shipped, trained = base_weights(weights.TOY_BASE), base_weights(tmp_path)
+    shipped, trained = base_weights(hub.TOY_BASE), base_weights(tmp_path)
     assert all(torch.equal(shipped["vae"][key], trained["vae"][key]) for key in shipped["vae"])
     for part in ("unet", "text_encoder"):
         moved = max((trained[part][key] - shipped[part][key]).abs().max().item() for key in shipped[part])

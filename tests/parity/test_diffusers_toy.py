@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import ControlNet, StableDiffusion, toy, weights
+from minicn import ControlNet, StableDiffusion, hub, toy
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `parity` is not installed")
 pytest.importorskip("transformers", reason="the extra `parity` is not installed")
@@ -21,7 +21,7 @@ def sd():
 
 @pytest.fixture(scope="module")
 def pipe():
-    return diffusers.StableDiffusionPipeline.from_pretrained(weights.TOY_BASE, torch_dtype=torch.float32)
+    return diffusers.StableDiffusionPipeline.from_pretrained(hub.TOY_BASE, torch_dtype=torch.float32)
 
 
 def greatest_difference(a, b):
@@ -40,7 +40,7 @@ def test_diffusers_opens_the_toy_base_and_draws_the_same_picture(sd, pipe, promp
 def test_diffusers_opens_the_toy_controlnet_and_draws_the_same_picture(sd, pipe):
     """The ControlNet that ships is a diffusers folder, too; also with a scale and a window of steps."""
     net = ControlNet.load("toy-canny", unet=sd.unet)
-    theirs = diffusers.ControlNetModel.from_pretrained(weights.TOY_CONTROLNETS / "canny", torch_dtype=torch.float32)
+    theirs = diffusers.ControlNetModel.from_pretrained(hub.TOY_CONTROLNETS / "canny", torch_dtype=torch.float32)
     controlled = diffusers.StableDiffusionControlNetPipeline(**pipe.components, controlnet=theirs)
     scene = toy.scene(5, "test")
     hint = Image.fromarray(scene.hint("canny"))

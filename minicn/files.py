@@ -1,0 +1,254 @@
+"""Files of weights, read without trusting them, and written whole.
+
+Three containers: .safetensors, read by its own library; PyTorch's zip; PyTorch's older pickle. A pickle can name any
+function to be called. None is: the names of classes and functions that tensors do not need become inert stubs.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pickle
+import types
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class WeightFile:
+    """The tensors of one or several files, read when asked for; `shapes` and `dtypes` cost only the header.
+
+    path      the file named by the user
+    shapes    key: shape, of every tensor
+    dtypes    key: "float32", "float16", ...
+    metadata  strings that a .safetensors file may carry
+    """
+
+    def __init__(self, path: Path, get: Callable[[str], Tensor], shapes: dict, dtypes: dict, metadata: dict | None = None):
+        self.path, self.get, self.shapes, self.dtypes, self.metadata = path, get, shapes, dtypes, metadata or {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.shapes
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(math.prod(shape) * getattr(torch, self.dtypes[key]).itemsize for key, shape in self.shapes.items())
+
+
+def read(path: str | Path) -> State:
+    """Return all tensors of a file. Raises what `open_weights` raises."""
+    file = open_weights(path)
+    return {key: file.get(key) for key in file.shapes}
+
+
+SAFETENSORS_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+def open_weights(path: str | Path) -> WeightFile:
+    """Open a file of weights, or the index of one in shards (*.index.json).
+
+    Raises FileNotFoundError or ValueError, naming the file and the cause, for anything that is no whole file of weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is no file: name a file of weights")
+    if path.name.endswith(".json"):
+        return _open_shards(path)
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty: fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it came from")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError(f"{path} is a web page, not weights, perhaps of a login: fetch it again")
+    if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
+        return _open_pickle(path)
+    if head[8:9] == b"{":
+        return _open_safetensors(path)
+    raise ValueError(f"{path} is no file of weights: it begins with {head[:8]!r}; name a .safetensors, .ckpt, .pth or .bin")
+
+
+def _open_safetensors(path: Path) -> WeightFile:
+    try:
+        file = safe_open(path, framework="pt")
+        shapes, dtypes = {}, {}
+        for key in file.keys():  # noqa: SIM118
+            view = file.get_slice(key)
+            shapes[key] = tuple(view.get_shape())
+            dtypes[key] = SAFETENSORS_DTYPES[view.get_dtype()]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{path} is no whole .safetensors file ({error}): fetch it again") from error
+    return WeightFile(path, file.get_tensor, shapes, dtypes, file.metadata())
+
+
+def _open_pickle(path: Path) -> WeightFile:
+    options = {"map_location": "cpu"}
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            options["mmap"] = True  # tensors are read from the disk when they are used
+    try:
+        try:
+            content = torch.load(path, weights_only=True, **options)
+        except pickle.UnpicklingError:  # more classes than tensors need, as Lightning's
+            content = torch.load(path, weights_only=False, pickle_module=_inert_pickle(), **options)
+    except Exception as error:  # whatever a crafted or cut file makes PyTorch's reader raise
+        raise ValueError(
+            f"{path} is no whole PyTorch file ({' '.join(str(error).split())[:200]}): fetch it again"
+        ) from error
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path} holds no dictionary of tensors: name a file of weights")
+    shapes = {str(key): tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = {str(key): str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
+    return WeightFile(path, tensors.__getitem__, shapes, dtypes)
+
+
+def _inert_pickle() -> types.SimpleNamespace:
+    """Return what torch.load takes for the module `pickle`, in which only tensors come to life.
+
+    Everything here is made anew for each file, so that a file cannot change it for the next.
+    """
+
+    class Stub:
+        """Stands for any class or function: takes everything, does nothing."""
+
+        def __new__(cls, *args, **kwargs):
+            return object.__new__(cls)
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def _ignore(self, *args, **kwargs):
+            return None
+
+        append = extend = __setitem__ = __setstate__ = _ignore
+
+    def tensor(storage, offset, size, stride, *rest):
+        return torch._utils._rebuild_tensor(storage, offset, size, stride)
+
+    def parameter(data, *rest):
+        return data
+
+    known = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch._utils", "_rebuild_tensor"): tensor,
+        ("torch._utils", "_rebuild_tensor_v2"): tensor,
+        ("torch._utils", "_rebuild_parameter"): parameter,
+        ("torch", "Size"): torch.Size,
+    }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            return known.get((module, name), Stub)
+
+    def load(file, **options):
+        return Unpickler(file, **options).load()
+
+    return types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="inert_pickle")
+
+
+def _open_shards(path: Path) -> WeightFile:
+    index = read_json(path)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} is no index of shards: it has no weight_map")
+    shards = {}
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{path} names {name}, outside its folder: not opened")
+        shards[name] = open_weights(path.parent / name)
+    for key, name in names.items():
+        if key not in shards[name]:
+            raise ValueError(f"{path} expects {key} in {name}, which does not hold it: fetch the shards again")
+    return WeightFile(
+        path,
+        lambda key: shards[names[key]].get(key),
+        {key: shards[name].shapes[key] for key, name in names.items()},
+        {key: shards[name].dtypes[key] for key, name in names.items()},
+    )
+
+
+def find_weights(folder: Path, names: tuple[str, ...], variant: str | None = None) -> Path:
+    """Return the file of weights in a diffusers folder: .safetensors before .bin, one file before shards.
+
+    names    without ending, as "diffusion_pytorch_model"
+    variant  "fp16" for model.fp16.safetensors; None: the plain file, else whichever variant is there
+    Raises FileNotFoundError if there is none.
+    """
+    endings = [".safetensors", ".safetensors.index{}.json", ".bin", ".bin.index{}.json"]
+    variants = [f".{variant}"] if variant else [""]
+    for pick in variants:
+        for ending in endings:
+            for name in names:
+                path = folder / (f"{name}{ending.format(pick)}" if "{}" in ending else f"{name}{pick}{ending}")
+                if path.is_file():
+                    return path
+    if not variant:
+        for name in names:
+            for path in sorted(folder.glob(f"{name}.*")):
+                if path.suffix in (".safetensors", ".bin") and "-of-" not in path.name:
+                    return path
+                if ".index." in path.name and path.suffix == ".json":
+                    return path
+    wanted = f"{names[0]}{variants[0]}.safetensors"
+    raise FileNotFoundError(f"{folder} holds no {wanted} (nor .bin, nor shards): fetch the folder again")
+
+
+def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file under a temporary name, then rename it: a file of this name is always whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes its files private
+    try:
+        safetensors.torch.save_file(state, temporary, {"format": "pt", **(metadata or {})})
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a configuration file. Raises FileNotFoundError or ValueError naming it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: a diffusers folder holds it")
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no configuration: it holds no names and values")
+    return content
+
+
+def write_json(path: str | Path, config: dict) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
