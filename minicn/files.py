@@ -104,19 +104,21 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _open_pickle(path: Path) -> WeightFile:
-    options = {"map_location": "cpu"}
     with open(path, "rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            options["mmap"] = True  # tensors are read from the disk when they are used
-    try:
+        zipped = file.read(4) == b"PK\x03\x04"
+        # Tensors of a zip are read from the disk when they are used; not where the ending would mislead PyTorch.
+        mapped = zipped and path.suffix != ".safetensors"
+        source, options = path if mapped else file, {"map_location": "cpu", "mmap": mapped}
         try:
-            content = torch.load(path, weights_only=True, **options)
-        except pickle.UnpicklingError:  # more classes than tensors need, as Lightning's
-            content = torch.load(path, weights_only=False, pickle_module=_inert_pickle(), **options)
-    except Exception as error:  # whatever a crafted or cut file makes PyTorch's reader raise
-        raise ValueError(
-            f"{path} is no whole PyTorch file ({' '.join(str(error).split())[:200]}): fetch it again"
-        ) from error
+            try:
+                file.seek(0)
+                content = torch.load(source, weights_only=True, **options)
+            except pickle.UnpicklingError:  # more classes than tensors need, as Lightning's
+                file.seek(0)
+                content = torch.load(source, weights_only=False, pickle_module=_inert_pickle(), **options)
+        except Exception as error:  # whatever a crafted or cut file makes PyTorch's reader raise
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is no whole PyTorch file ({reason}): fetch it again") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}

@@ -407,6 +407,11 @@ def fields_from_config(fields: dict[str, str], config: dict, source: str | Path)
     return found
 
 
+def _whole(widths: object) -> bool:
+    """Tell whether these are whole numbers from 1, at least one."""
+    return isinstance(widths, list) and bool(widths) and all(isinstance(w, int) and w > 0 for w in widths)
+
+
 def vae_fields(config: dict, source: str | Path) -> dict:
     """Return the fields of VAEConfig from a diffusers configuration."""
     return fields_from_config(VAE_FIELDS, config, source)
@@ -421,7 +426,7 @@ def unet_fields(config: dict, source: str | Path) -> dict:
     """Return the fields of UNetConfig from a diffusers configuration of a U-Net or a ControlNet."""
     found = fields_from_config(UNET_FIELDS, config, source)
     widths = config.get("block_out_channels")
-    if not widths or any(width % widths[0] for width in widths):
+    if not _whole(widths) or any(width % widths[0] for width in widths):
         raise ValueError(f"{source} has block_out_channels {widths}, but each must be a multiple of the first")
     return {**found, "model_channels": widths[0], "channel_mult": tuple(width // widths[0] for width in widths)}
 
