@@ -103,6 +103,10 @@ def convert(
     if part is None:
         whole = all(kind in kinds for kind in MODELS)
         part = "controlnet" if "controlnet" in kinds else "model" if whole else kinds[0]
+    absent = [weights.WORDS[kind] for kind in (MODELS if part == "model" else (part,)) if kind not in kinds]
+    if absent:
+        held = ", ".join(weights.WORDS[kind] for kind in kinds)
+        raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {held}")
     own_dtype = getattr(torch, next(iter(found[0].file.dtypes.values())))
     keep = dtype or (own_dtype if own_dtype.is_floating_point else torch.float32)
     if transfer_to is not None and part != "controlnet":
@@ -117,9 +121,7 @@ def convert(
             transfer(net, _unet(hub.resolve(transfer_to)), _unet(hub.resolve(transfer_from) if transfer_from else path))
         net.save(destination, layout=layout, dtype=keep)
     else:
-        contents = next((c for c in found if part in c.parts), None)
-        if contents is None:
-            raise ValueError(f"{path} holds no {weights.WORDS[part]}, only: {', '.join(weights.WORDS[k] for k in kinds)}")
+        contents = next(c for c in found if part in c.parts)
         at = path / part if (path / part).is_dir() else path
         model = load_model(part, at if at.is_dir() else contents, keep, variant=variant, ema=ema)
         save_model(part, model, destination, layout)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Special tokens, English endings, runs of letters, single digits, runs of anything else but white space.
-WORD = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
+# English endings, runs of letters, single digits, runs of anything else but white space.
+WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 @lru_cache
@@ -60,23 +59,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a folder with vocab.json and merges.txt, or OpenAI's bpe_simple_vocab_16e6.txt.gz.
+        """Read a folder with vocab.json and merges.txt (or tokenizer.json), or OpenAI's bpe_simple_vocab_16e6.txt.gz.
 
         Raises FileNotFoundError or ValueError, naming the file, if one is missing or not of this format.
         """
         path = Path(path)
         if path.is_dir():
-            for name in ("vocab.json", "merges.txt"):
-                if not (path / name).is_file():
-                    raise FileNotFoundError(f"{path} has no {name}: a tokenizer folder holds vocab.json and merges.txt")
-            try:
-                vocab = json.loads((path / "vocab.json").read_text("utf-8"))
-                lines = (path / "merges.txt").read_text("utf-8")
-            except ValueError as error:  # no JSON, or no UTF-8
-                raise ValueError(f"{path} holds no whole vocab.json and merges.txt: {error}") from error
-            if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
-                raise ValueError(f"{path / 'vocab.json'} holds no {START} and {END}: this is not CLIP's vocabulary")
-            return cls(vocab, _parse_merges(lines, path / "merges.txt"))
+            return cls(*_read_folder(path))
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: name a folder with vocab.json and merges.txt")
         try:
@@ -103,12 +92,13 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, however many, without start, end and padding."""
         ids = []
-        for word in WORD.findall(clean(text)):
-            if word in (START, END):
-                ids.append(self.vocab[word])
+        for part in SPECIAL.split(clean(text)):  # first, as transformers does: "!<|endoftext|>" ends with the token
+            if part in (START, END):
+                ids.append(self.vocab[part])
                 continue
-            letters = "".join(byte_letters()[b] for b in word.encode("utf-8"))
-            ids.extend(self.vocab.get(token, self.end) for token in self._split(letters))
+            for word in WORD.findall(part):
+                letters = "".join(byte_letters()[b] for b in word.encode("utf-8"))
+                ids.extend(self.vocab.get(token, self.end) for token in self._split(letters))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -152,6 +142,31 @@ class Tokenizer:
                     i += 1
             parts = merged
         return tuple(parts)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Read vocab.json and merges.txt, else tokenizer.json, which is all that transformers 5 writes."""
+    whole = folder / "tokenizer.json"
+    if not (folder / "vocab.json").is_file() and whole.is_file():
+        try:
+            model = json.loads(whole.read_text("utf-8"))["model"]
+            vocab, merges = model["vocab"], [p.split(" ") if isinstance(p, str) else p for p in model["merges"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{whole} holds no vocabulary and merges ({error!r}): fetch it again") from error
+        text, source = "\n".join(["", *(" ".join(pair) for pair in merges)]), whole
+    else:
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: a tokenizer folder holds vocab.json and merges.txt")
+        try:
+            vocab, source = json.loads((folder / "vocab.json").read_text("utf-8")), folder / "merges.txt"
+            text = source.read_text("utf-8")
+        except ValueError as error:  # no JSON, or no UTF-8
+            raise ValueError(f"{folder} holds no whole vocab.json and merges.txt: {error}") from error
+    if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
+        named = folder / "vocab.json" if (folder / "vocab.json").is_file() else whole
+        raise ValueError(f"{named} holds no {START} and {END}: this is not CLIP's vocabulary")
+    return vocab, _parse_merges(text, source)
 
 
 def _parse_merges(text: str, path: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,348 @@
+"""Generating like the field's tools: several ControlNets, guess mode, images and masks, prompts, and the shortcuts."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minicn import ControlNet, StableDiffusion, __main__, captioning, ddim, toy
+from minicn.pipeline import DEFAULT_PROMPT
+from minicn.unet import TextKeys, embed_timesteps
+
+STEPS = 3
+SCENE = toy.scene(1, "test")
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion.load("toy")
+
+
+@pytest.fixture(scope="module")
+def net(sd):
+    return ControlNet.load("toy-canny", unet=sd.unet)
+
+
+@pytest.fixture(scope="module")
+def hint():
+    return SCENE.hint("canny")
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+def draw(sd, prompt=SCENE.caption, **settings):
+    return pixels(sd.generate(prompt, **{"num_steps": STEPS, "guidance_scale": 3.0} | settings))
+
+
+# What is computed once equals what is computed every step
+
+
+def test_text_keys_stand_in_for_the_context(sd, net):
+    """Keys and values of the text, made once, give the U-Net's and the ControlNet's output bit for bit."""
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([981, 1]), sd.encode_prompts(["a red ball", ""])
+    keys = TextKeys([sd.unet, net], context)
+    hint = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.equal(sd.unet(x, t, keys), sd.unet(x, t, context))
+        for a, b in zip(net(x, hint, t, keys), net(x, hint, t, context), strict=True):
+            assert torch.equal(a, b)
+    assert len(keys) == 16 + 7  # the cross-attentions of the U-Net and of its encoder's copy
+
+
+def test_timesteps_embedded_together_are_the_timesteps_embedded_alone(sd):
+    """One matrix product for all steps; relative error at most 1e-6."""
+    steps = torch.tensor(ddim.timesteps(20))
+    with torch.no_grad():
+        together = embed_timesteps(sd.unet.time_embed, steps, torch.float32)
+        alone = torch.cat([embed_timesteps(sd.unet.time_embed, t[None], torch.float32) for t in steps])
+        x, context = torch.randn(1, 4, 16, 16), sd.encode_prompts([""])
+        a, b = sd.unet(x, steps[:1], context), sd.unet(x, steps[:1], context, emb=together[:1])
+    assert (together - alone).norm() <= 1e-6 * alone.norm()
+    assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_generate_runs_each_network_no_more_often_than_it_must(sd, net, hint, monkeypatch):
+    """E(hint) and text once; U-Net and ControlNet once a step; the ControlNet not outside its window (X20)."""
+    counts = dict.fromkeys(("unet", "net", "hint", "text"), 0)
+    modules = {"unet": sd.unet, "hint": net.input_hint_block, "text": sd.text_encoder}
+    handles = []
+    for name, module in modules.items():
+        handles.append(module.register_forward_hook(lambda *_, name=name: counts.update({name: counts[name] + 1})))
+    handles.append(net.middle_block_out.register_forward_hook(lambda *_: counts.update(net=counts["net"] + 1)))
+    draw(sd, hint=hint, controlnet=net, num_steps=4, control_start=0.25, control_end=0.75)
+    for handle in handles:
+        handle.remove()
+    assert counts == {"unet": 4, "net": 2, "hint": 1, "text": 1}
+
+
+# Several ControlNets, guess mode
+
+
+def test_two_controlnets_add_their_residuals(sd, net, hint):
+    """A ControlNet at 0.3 and again at 0.7 is the ControlNet at 1; a fresh one beside it changes nothing (eq. 4)."""
+    one = draw(sd, hint=hint, controlnet=net)
+    both = draw(sd, hint=[hint, hint], controlnet=[net, net], conditioning_scale=[0.3, 0.7])
+    assert abs(one - both).max() <= 1
+    fresh = ControlNet.from_unet(sd.unet).eval()
+    other = toy.scene(2, "test").hint("canny")
+    assert np.array_equal(draw(sd, hint=[hint, other], controlnet=[net, fresh]), one)
+    assert not np.array_equal(draw(sd, hint=[hint, other], controlnet=[net, net]), one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"hint": [1], "controlnet": []}, "the ControlNet is missing"),
+        ({"hint": "both", "controlnet": "one"}, "1 ControlNets came with 2 hints"),
+        ({"hint": "both", "controlnet": "two", "conditioning_scale": [1.0]}, "1 conditioning scales"),
+        ({"hint": "both", "controlnet": "two", "conditioning_scale": [1.0, -1.0]}, "conditioning_scale is -1.0"),
+        ({"hint": "both", "controlnet": "two", "conditioning_scale": [1.0, float("nan")]}, "conditioning_scale is nan"),
+        ({"guess_mode": "guess"}, "guess_mode is 'guess'"),
+        ({"denoise": 0.0}, "denoise is 0"),
+        ({"denoise": 1.5}, "denoise is 1.5"),
+        ({"mask": Image.new("L", (128, 128))}, "a mask needs the image"),
+        ({"image": Image.new("RGB", (64, 64)), "height": 128}, "the image has 64x64 pixels, but the picture 64x128"),
+        ({"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (8, 8))}, "the mask has 8x8 pixels"),
+        ({"num_steps": 1001}, "num_steps is 1001"),
+        ({"height": 100}, "multiples of 8"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(sd, net, hint, settings, words):
+    names = {"both": [hint, hint], "one": net, "two": [net, net]}
+    settings = {key: names.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
+    with pytest.raises(ValueError, match=words):
+        sd.generate("a red ball", **settings)
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [(True, 0.825), ("diffusers", 10 ** (-1 / 12))])
+def test_guess_mode_controls_the_conditional_half_with_falling_scales(sd, net, hint, mode, ratio):
+    """Residual i is scaled by ratio^(12 - i) and added on the conditional half alone, as if done by hand."""
+    seen = []
+    handle = sd.unet.register_forward_pre_hook(lambda _m, args: seen.append(args))
+    draw(sd, hint=hint, controlnet=net, guess_mode=mode, conditioning_scale=0.5)
+    handle.remove()
+    x, t, _, control, _ = seen[0]
+    context = sd.encode_prompts([SCENE.caption])
+    with torch.no_grad():
+        plain = net(x[1:], torch.from_numpy(hint).permute(2, 0, 1)[None] / 255, t[1:], context)
+    assert len(control) == 13
+    for i, (mine, one) in enumerate(zip(control, plain, strict=True)):
+        assert not mine[0].any()
+        want = 0.5 * ratio ** (12 - i) * one[0]
+        assert (mine[1] - want).norm() <= 1e-5 * want.norm()
+
+
+def test_guess_mode_without_guidance_scales_all(sd, net, hint):
+    """Guidance off leaves one half; it is controlled."""
+    plain = draw(sd, hint=hint, controlnet=net, guidance_scale=1.0)
+    guess = draw(sd, hint=hint, controlnet=net, guidance_scale=1.0, guess_mode=True)
+    none = draw(sd, guidance_scale=1.0)
+    assert not np.array_equal(guess, plain)
+    assert not np.array_equal(guess, none)
+
+
+# Images and masks
+
+
+def test_an_image_is_kept_the_more_the_less_is_denoised(sd):
+    """X18 without a mask: the smaller `denoise`, the nearer the picture stays to the image."""
+    image = Image.fromarray(SCENE.image)
+    through = pixels(sd.decode_latents(sd.encode_images([image])))
+    far = [abs(draw(sd, num_steps=10, image=image, denoise=d) - through).mean() for d in (0.1, 0.5, 1.0)]
+    assert far[0] < far[1] < far[2]
+    assert far[0] < 12
+    assert np.array_equal(draw(sd, image=image, denoise=1.0), draw(sd))  # nothing of it is left
+
+
+def test_outside_the_mask_pixels_come_back_unchanged(sd, net, hint):
+    """X18: black in the mask is kept exactly, white is drawn anew, at any share of the steps, with or without control."""
+    image = Image.fromarray(SCENE.image)
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (40, 30, 90, 101))  # not on the grid of the latents
+    anew = np.asarray(mask) > 0
+    for settings in ({}, {"denoise": 0.7, "hint": hint, "controlnet": net}, {"num_images": 2}):
+        for picture in draw(sd, "a blue cone on a black background", image=image, mask=mask, **settings):
+            assert np.array_equal(picture[~anew], SCENE.image[~anew])
+            assert not np.array_equal(picture[anew], SCENE.image[anew])
+
+
+# Sizes, several pictures, precision
+
+
+def test_any_multiple_of_eight_is_drawn(sd, net):
+    """Also latents of odd height and width."""
+    hint = np.zeros((72, 104, 3), np.uint8)
+    [picture] = sd.generate("a red ball", hint=hint, controlnet=net, num_steps=2)
+    assert picture.size == (104, 72)
+    assert sd.generate("a red ball", num_steps=1, height=8, width=200)[0].size == (200, 8)
+
+
+def test_precision_of_autoencoder_and_networks(sd, hint):
+    """bfloat16 draws nearly the picture of float32; the autoencoder's precision can be chosen."""
+    half = StableDiffusion.load("toy", dtype=torch.bfloat16, vae_dtype=torch.float32)
+    assert (half.dtype, half.vae_dtype) == (torch.bfloat16, torch.float32)
+    assert half.text_encoder(half.tokenizer([""])).dtype == torch.bfloat16
+    net = ControlNet.load("toy-canny", unet=half.unet, dtype=torch.bfloat16)
+    full = ControlNet.load("toy-canny", unet=sd.unet)
+    a, b = (draw(s, hint=hint, controlnet=n) for s, n in ((half, net), (sd, full)))
+    assert abs(a - b).mean() < 4
+
+
+def test_nan_names_step_and_remedy(sd):
+    """A network that overflows stops at once."""
+    broken = StableDiffusion.load("toy")
+    with torch.no_grad():
+        broken.unet.out[2].bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"step 1 of 3 \(t = 667\) gave NaN in torch\.float32: use float32"):
+        draw(broken)
+    broken = StableDiffusion.load("toy")
+    with torch.no_grad():
+        broken.vae.decoder.conv_out.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="autoencoder gave NaN .* --vae-dtype float32"):
+        draw(broken)
+
+
+# Prompts
+
+
+def test_words_that_are_lost_are_named(sd):
+    """A prompt of more than 77 tokens is cut, and the warning says what was lost."""
+    long = "a red ball " * 26 + "and at last a star"  # 78 tokens before the end
+    with pytest.warns(UserWarning, match="longer than 77 tokens: lost is '.*at last a star'"):
+        context = sd.encode_prompts([long])
+    assert torch.equal(context, sd.text_encoder(sd.tokenizer([long])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.encode_prompts(["a red ball " * 25])
+
+
+def test_automatic_prompts_caption_a_first_picture(sd, net, hint):
+    """The paper's automatic setting: draw with the default prompt, caption that, draw with the caption."""
+    shown = []
+
+    def captioner(image):
+        shown.append(image)
+        return "a green star on a black background"
+
+    settings = {"hint": hint, "controlnet": net, "num_steps": 2, "seed": 5}
+    images = sd.generate(captioner, **settings)
+    assert np.array_equal(pixels(shown), pixels(sd.generate(DEFAULT_PROMPT, **settings)))
+    assert np.array_equal(pixels(images), pixels(sd.generate("a green star on a black background", **settings)))
+
+
+def test_the_toys_own_captioner_names_what_is_there(sd):
+    """The caption that the toy base denoises best names the thing, its colour and the background of a plain scene."""
+    caption = captioning.ToyCaptioner(sd)
+    plain = next(s for s in map(lambda i: toy.scene(i, "test"), range(50)) if len(s.things) == 1)
+    assert caption(Image.fromarray(plain.image)) == plain.caption
+
+
+def test_a_captioner_must_be_there(sd):
+    with pytest.raises(ValueError, match="need --captioner"):
+        captioning.captioner(None, sd, "some/folder")
+
+
+# The command line
+
+
+def run(tmp_path, *arguments):
+    output = tmp_path / "out.png"
+    base = ["generate", "--num-steps", "2", "--device", "cpu", "--output", str(output)]
+    assert __main__.main([*base, *map(str, arguments)]) == 0
+    return output
+
+
+def test_a_png_keeps_the_settings_that_made_it(tmp_path):
+    output = run(tmp_path, "--prompt", "a red ball", "--seed", "7")
+    record = json.loads(Image.open(output).text["minicn"])
+    assert (record["prompt"], record["seed"], record["num_steps"], record["model"]) == ("a red ball", 7, 2, "toy")
+
+
+def test_several_pictures_are_numbered(tmp_path, sd):
+    run(tmp_path, "--prompt", "a red ball", "--num-images", "2")
+    images = sd.generate("a red ball", num_steps=2, num_images=2)
+    for i in range(2):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"out-{i}.png")), np.asarray(images[i]))
+
+
+def test_the_command_line_reaches_every_setting(tmp_path, sd, net, hint):
+    """Two ControlNets with scales, a window, guess mode, image, mask: the picture that Python gives."""
+    for name, array in (("hint", hint), ("image", SCENE.image), ("mask", np.tile(np.uint8(255), (128, 128)))):
+        Image.fromarray(array).save(tmp_path / f"{name}.png")
+    hints = ["--controlnet", "toy-canny", "--hint", tmp_path / "hint.png"] * 2
+    scales = ["--conditioning-scale", "0.5", "--conditioning-scale", "0.25"]
+    more = ["--control-end", "0.5", "--guess-mode", "diffusers", "--denoise", "0.9", "--prompt-setting", "default"]
+    images = ["--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png"]
+    output = run(tmp_path, *hints, *scales, *more, *images)
+    [want] = sd.generate(
+        DEFAULT_PROMPT,
+        hint=[hint, hint],
+        controlnet=[net, net],
+        conditioning_scale=[0.5, 0.25],
+        control_end=0.5,
+        guess_mode="diffusers",
+        image=Image.fromarray(SCENE.image),
+        mask=Image.new("L", (128, 128), 255),
+        denoise=0.9,
+        num_steps=2,
+    )
+    assert np.array_equal(np.asarray(Image.open(output)), np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--prompt is missing"),
+        (["--prompt", "x", "--prompt-setting", "none"], "exclude each other"),
+        (["--prompt", "x", "--hint", "a.png", "--hint", "b.png", "--controlnet", "toy-canny"], "2 and 1 came"),
+        (["--prompt", "x", "--mask", "{tmp}/mask.png"], "a mask needs the image"),
+        (["--prompt", "x", "--image", "{tmp}/cut.png"], "is no picture"),
+        (["--prompt", "x", "--image", "{tmp}/tiny.png"], "multiples of 8"),
+        (["--prompt", "x", "--denoise", "0", "--image", "{tmp}/mask.png"], "denoise is 0"),
+        (["--prompt", "x", "--height", "100"], "multiples of 8"),
+        (["--prompt", "x", "--model", "{tmp}/cut.png"], "is no file of weights"),
+        (["--prompt", "x", "--tokenizer", "{tmp}"], "has no vocab.json"),
+        (["--prompt-setting", "automatic", "--captioner", "{tmp}"], "--captioner"),
+    ],
+)
+def test_generate_refuses_in_one_line(tmp_path, capsys, arguments, words):
+    """Bad input: exit status 2, one line, no traceback, no picture written."""
+    Image.new("RGB", (128, 128)).save(tmp_path / "mask.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "tiny.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "mask.png").read_bytes()[:60])
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *(argument.format(tmp=tmp_path) for argument in arguments))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "toy", "{tmp}/x.bin", "--layout", "ldm"], "must end in .safetensors"),
+        (["convert", "toy", "{tmp}", "--layout", "diffusers"], "exists already"),
+        (["convert", "toy", "{tmp}/x.safetensors", "--layout", "ldm", "--part", "controlnet"], "holds no ControlNet"),
+        (["convert", "toy-canny", "{tmp}/x.safetensors", "--layout", "ldm", "--part", "vae"], "holds no autoencoder"),
+        (["convert", "{tmp}/none", "{tmp}/x.safetensors", "--layout", "ldm"], "is no file or folder"),
+        (["inspect", "{tmp}/none"], "is no file or folder"),
+        (["inspect", "{tmp}/text"], "is no file of weights"),
+        (["inspect", "toy-canny", "--compare-to", "toy"], "holds no U-Net"),
+    ],
+)
+def test_convert_and_inspect_refuse_in_one_line(tmp_path, capsys, arguments, words):
+    (tmp_path / "text").write_text("no weights at all")
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main([argument.format(tmp=tmp_path) for argument in arguments])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("x.*"))
