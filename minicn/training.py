@@ -126,7 +126,7 @@ def encode(vae: VAE, images: Tensor, batch_size: int = 32) -> Tensor:
     """Return scaled latents (N, 4, H/8, W/8) on the CPU of pictures (N, 3, H, W) uint8: the means, without noise."""
     chunks, device = [], vae.quant_conv.weight.device
     for chunk in tqdm(images.split(batch_size), desc="encoding", unit="batch", leave=False):
-        chunk = (chunk.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        chunk = chunk.to(device).float() / 127.5 - 1
         chunks.append(vae.encode(chunk)[0].cpu() * vae.cfg.scaling_factor)
     return torch.cat(chunks)
 

@@ -45,15 +45,29 @@ def embed_timesteps(time_embed: nn.Sequential, timesteps: Tensor, dtype: torch.d
     return time_embed(timestep_embedding(timesteps, time_embed[0].in_features).to(dtype))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation that keeps its digits in the channels-last layout, too.
+
+    Numerics: for that layout PyTorch's kernel for CPUs takes the variance as E[x^2] - E[x]^2, which is wrong by 1e-5 of
+    the result where the mean is ten times the deviation. About the mean of every 8th row and column is taken off first.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and not x.is_contiguous():
+            about = x.detach()[:, :, ::8, ::8].unflatten(1, (self.num_groups, -1)).mean((2, 3, 4), keepdim=True)
+            x = x - about.expand(-1, -1, self.num_channels // self.num_groups, 1, 1).flatten(1, 2)  # (B, C, 1, 1)
+        return super().forward(x)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, conv, twice, with the time embedding added in between."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_out),
+            GroupNorm(groups, c_out),
             nn.SiLU(),
             nn.Identity(),  # Compat: dropout in ldm; keeps the convolution at index 3
             zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)),
@@ -151,7 +165,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # Numerics: 1e-6 here, 1e-5 in ResBlock
+        self.norm = GroupNorm(groups, channels, eps=1e-6)  # Numerics: 1e-6 here, 1e-5 in ResBlock
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
         self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
@@ -257,7 +271,7 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
                 c_in = width
         self.out = nn.Sequential(
-            nn.GroupNorm(groups, c_in), nn.SiLU(), zero_module(nn.Conv2d(c_in, cfg.out_channels, 3, padding=1))
+            GroupNorm(groups, c_in), nn.SiLU(), zero_module(nn.Conv2d(c_in, cfg.out_channels, 3, padding=1))
         )
 
     def forward(

@@ -312,9 +312,14 @@ def hint_channels_of(found: Contents) -> tuple[int, ...]:
 
 
 def load_into(
-    model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
+    model: torch.nn.Module,
+    file: WeightFile,
+    keys: Keys,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> None:
-    """Give a model built on "meta" the tensors of a file, one by one, convolutions in the faster memory layout.
+    """Give a model built on "meta" the tensors of a file, one by one, convolutions in this memory layout.
 
     Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor.
     """
@@ -334,7 +339,7 @@ def load_into(
             raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but needs {tuple(like.shape)}")
         state[name] = load_tensor(file, keys[name], dtype, device).view(like.shape)
         if like.ndim == 4:
-            state[name] = state[name].contiguous(memory_format=torch.channels_last)
+            state[name] = state[name].contiguous(memory_format=layout)
     model.load_state_dict(state, assign=True)
 
 

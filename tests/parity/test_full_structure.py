@@ -3,6 +3,7 @@
 Models of Stable Diffusion 1.5's full structure at narrow widths; `benchmarks/speed.py` does the same at full width.
 """
 
+import copy
 import json
 import random
 
@@ -152,7 +153,11 @@ def test_vae(sd, pipe, inputs):
     theirs = pipe.vae.encode(images).latent_dist
     assert error(mean, theirs.mean) <= LIMIT
     assert error(std, theirs.std) <= LIMIT
-    assert error(sd.vae.decode(inputs["x"]), pipe.vae.decode(inputs["x"]).sample) <= LIMIT
+    # diffusers' float32 decoder is 4e-6 off its own float64 (from its attention on it runs with channels last, where
+    # PyTorch's GroupNorm loses digits); so float64 is the oracle here, and float32 has a wider limit.
+    ours, double = sd.vae.decode(inputs["x"]), copy.deepcopy(pipe.vae).double()
+    assert error(ours, double.decode(inputs["x"].double()).sample) <= LIMIT
+    assert error(ours, pipe.vae.decode(inputs["x"]).sample) <= 5 * LIMIT
 
 
 def strings(count):
