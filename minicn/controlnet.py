@@ -160,7 +160,7 @@ class ControlNet(nn.Module):
         )
         if unet is not None and unet.cfg != cfg.unet:
             raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
-        with torch.device("meta"):
+        with weights.Unfilled():
             net = cls(cfg)
         if found.difference:
             found.file, found.parts["controlnet"] = _add_difference(found, unet, net)

@@ -64,7 +64,7 @@ def load_model(
         raise ValueError(f"{found.file.path} holds no moving average of the weights: leave out ema")
     try:
         cfg = config_class(**(read or weights.fields_of(found, kind)))
-        with torch.device("meta"):
+        with weights.Unfilled():
             model = model_class(cfg)
     except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         if isinstance(error, ValueError) and str(found.file.path) in str(error):

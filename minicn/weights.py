@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from minicn.files import WeightFile
 
@@ -309,6 +310,27 @@ def hint_channels_of(found: Contents) -> tuple[int, ...]:
 
 
 # Into and out of modules
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside `with`, modules are built on "meta", and the filling of their weights, which a file replaces, is left out.
+
+    (Filling on "meta" writes nothing, but makes PyTorch import its Python kernels, a second.)
+    """
+
+    def __enter__(self) -> "Unfilled":
+        self.meta = torch.device("meta")
+        self.meta.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.meta.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
 
 
 def load_into(

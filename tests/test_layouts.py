@@ -551,12 +551,21 @@ def test_a_broken_configuration_is_named(sd, tmp_path, config):
 
 def test_a_single_file_needs_a_tokenizer(ldm, tmp_path, monkeypatch):
     """Without --tokenizer and without CLIP's in the cache the error says what to give."""
-    pytest.importorskip("huggingface_hub")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     torch.save(ldm, tmp_path / "model.ckpt")
     with pytest.raises(FileNotFoundError, match="carries no tokenizer.*--tokenizer"):
         StableDiffusion.load(tmp_path / "model.ckpt")
+
+
+def test_a_repository_needs_huggingface_hub(monkeypatch):
+    """Without the extra the error says what to install; what cannot be a repository is not taken for one."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for load in (StableDiffusion.load, ControlNet.load, load_vae):
+        with pytest.raises(FileNotFoundError, match=r"owner/name is no file .*install huggingface_hub.*minicn\[hub\]"):
+            load("owner/name")
+        for name in ("nowhere", "a/b/../c", "/root/nothing", "owner/", "./folder/name"):
+            with pytest.raises(FileNotFoundError, match="is no file or folder: name one"):
+                load(name)
 
 
 # Written, and read again

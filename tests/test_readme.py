@@ -26,13 +26,19 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
 
 def test_the_two_minicn_commands_run(tmp_path, monkeypatch):
     """`minicn condition` and `minicn generate`, word for word, in a folder with a picture.png."""
-    commands = re.findall(r"^    minicn (.*)$", README, re.MULTILINE)
+    commands = re.findall(r"^    minicn (.*)$", README.split("## The real")[0], re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["condition", "generate"]
     monkeypatch.chdir(tmp_path)
     Image.fromarray(toy.scene(0, "test").image).save("picture.png")
     for command in commands:
         assert __main__.main(shlex.split(command)) == 0
     assert Image.open("out.png").size == Image.open("picture.png").size
+
+
+def test_the_commands_for_real_weights_are_commands():
+    """What cannot be run without the weights is at least understood, and ends where a file is missing."""
+    commands = re.findall(r"^    minicn (.*)$", README.split("## The real")[1], re.MULTILINE)
+    assert [__main__.parse_args(shlex.split(command)).command for command in commands] == ["generate", "inspect", "convert"]
 
 
 def test_the_file_guide_names_every_file_and_no_other():
