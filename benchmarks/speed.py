@@ -117,9 +117,8 @@ def time_steps(args, dtype) -> dict:
     abar = sd.alphas_cumprod
 
     def minicn_step():
-        batch = torch.cat([x, x]).to(dtype, memory_format=torch.channels_last)
-        steps = t.expand(2)
-        eps = sd.unet(batch, steps, keys, control.residuals(batch, steps, 0), emb).float()
+        batch = x.to(dtype, memory_format=torch.channels_last)
+        eps = sd.unet(batch, t, keys, control.residuals(batch, t, 0), emb).float()
         return ddim.ddim_step(x, ddim.guide(*eps.chunk(2), 9.0), abar[951], abar[901])
 
     pipe.scheduler.set_timesteps(20)

@@ -294,8 +294,8 @@ class StableDiffusion:
             x = ddim.add_noise(x_0, noise, abar[steps[begin]]) if denoise < 1 else noise
 
         for i in tqdm(range(begin, num_steps), desc="denoising", unit="step", disable=not progress):
-            batch = (torch.cat([x, x]) if guided else x).to(self.dtype, memory_format=torch.channels_last)
-            t = t_all[i].expand(len(batch))
+            batch = x.to(self.dtype, memory_format=torch.channels_last)  # once for both halves, see unet.repeat
+            t = t_all[i].expand(n)
             running = i / num_steps >= control_start and (i + 1) / num_steps <= control_end
             control = total([c.residuals(batch, t, i) for c in controls]) if controls and running else None
             eps = self.unet(batch, t, keys, control, emb[i : i + 1]).float()
@@ -349,24 +349,21 @@ class Control:
     def __init__(
         self, net: ControlNet, hint: Tensor, scale: float, guess_mode: bool | str, context: Tensor, t: Tensor, guided: bool
     ):
-        self.net, self.guided = net, guided
+        self.net = net
         # Compat: residuals that are averaged over all positions control the conditional half alone, as in diffusers.
         self.half = guided and (bool(guess_mode) or net.cfg.global_pool)
         self.scales = [scale] * 13
         if guess_mode and not net.cfg.global_pool:
             ratio = 0.825 if guess_mode is True else 0.1 ** (1 / 12)
             self.scales = [scale * ratio ** (12 - i) for i in range(13)]
-        features = net.hint_features(hint)  # E(hint) of eq. (9)
-        self.features = torch.cat([features, features]) if guided and not self.half and len(features) > 1 else features
+        self.features = net.hint_features(hint)  # E(hint) of eq. (9)
         self.keys = TextKeys([net], context.chunk(2)[1] if self.half else context)
         self.emb = embed_timesteps(net.time_embed, t, hint.dtype)
 
     def residuals(self, x: Tensor, t: Tensor, i: int) -> list[Tensor]:
-        """Return the 13 scaled residuals of step i for the batch x, [unconditional, conditional] if guided."""
-        if self.half:
-            x, t = x.chunk(2)[1], t.chunk(2)[1]
+        """Return the 13 scaled residuals of step i for the latents x, [unconditional, conditional] if guided."""
         control = self.net.residuals(x, self.features, t, self.keys, self.emb[i : i + 1])
-        control = [scale * c for scale, c in zip(self.scales, control, strict=True)]
+        control = [c if scale == 1 else scale * c for scale, c in zip(self.scales, control, strict=True)]
         return [torch.cat([torch.zeros_like(c), c]) for c in control] if self.half else control
 
 

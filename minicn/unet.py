@@ -76,7 +76,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers(x)  # (B, C_out, H, W)
-        shift = self.emb_layers(emb)  # (B, C_out)
+        shift = repeat(self.emb_layers(emb), len(h))  # (B, C_out)
         h = self.out_layers(h + shift[:, :, None, None])
         return self.skip_connection(x) + h
 
@@ -155,7 +155,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
+        text = context.context if isinstance(context, TextKeys) else context
+        x = repeat(x + self.attn1(h, h), len(text))  # here the text comes in
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -173,8 +174,17 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C)
         h = self.transformer_blocks[0](h, context)
-        h = h.transpose(1, 2).reshape(x.shape)  # (B, C, H, W)
-        return x + self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return repeat(x, len(h)) + self.proj_out(h)
+
+
+def repeat(x: Tensor, count: int) -> Tensor:
+    """Repeat a batch to this many samples.
+
+    A sampler gives [unconditional, conditional] text for latents that are the same in both halves: until the text comes
+    in, at the first cross-attention, one half is enough.
+    """
+    return x if len(x) == count else x.repeat(count // len(x), *[1] * (x.ndim - 1))
 
 
 class Downsample(nn.Module):
@@ -286,7 +296,7 @@ class UNet(nn.Module):
 
         x          (B, 4, h, w)        noisy latents, any h and w
         timesteps  (B,)                0 to 999
-        context    (B, 77, 768)        text features
+        context    (B, 77, 768)        text features; or (k B, 77, 768), as if x came k times: then so does the result
         control    list of 13 tensors  added to the 12 skips and, the last, to the middle block's output
         emb        (1 or B, 4 C)       the timesteps embedded, where a sampler has them already
         Raises ValueError for latents, timesteps, context or control that do not fit the model.
@@ -299,13 +309,19 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle_block(h, emb, context)
         if control is not None:
-            check_control(control, [*skips, h])
-            skips = [skip + residual for skip, residual in zip(skips, control[:-1], strict=True)]
-            h = h + control[-1]
+            check_control(control, [*skips, h], len(h))
+            skips = [add(skip, residual) for skip, residual in zip(skips, control[:-1], strict=True)]
+            h = add(h, control[-1])
         for block in self.output_blocks:
-            h = torch.cat([h, skips.pop()], dim=1)
+            h = torch.cat([h, repeat(skips.pop(), len(h))], dim=1)
             h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
         return self.out(h)
+
+
+def add(feature: Tensor, residual: Tensor) -> Tensor:
+    """Add a residual to a feature, either of which may stand for several samples."""
+    count = max(len(feature), len(residual))
+    return repeat(feature, count) + repeat(residual, count)
 
 
 def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor | TextKeys) -> None:
@@ -315,20 +331,20 @@ def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor 
         raise ValueError(f"latents have shape {tuple(x.shape)}, but the model takes (B, {cfg.in_channels}, h, w)")
     if timesteps.shape != x.shape[:1]:
         raise ValueError(f"timesteps have shape {tuple(timesteps.shape)}, but {len(x)} latents need ({len(x)},)")
-    if context.ndim != 3 or context.shape[::2] != (len(x), cfg.context_dim):
+    if context.ndim != 3 or context.shape[2] != cfg.context_dim or len(context) % max(len(x), 1) or len(context) < len(x):
         raise ValueError(
             f"context has shape {tuple(context.shape)}, but {len(x)} latents need ({len(x)}, tokens, "
             f"{cfg.context_dim}): encode the prompts with this model's own text encoder"
         )
 
 
-def check_control(control: list[Tensor], features: list[Tensor]) -> None:
-    """Raise ValueError where the residuals do not fit the skips and the middle that they are added to."""
+def check_control(control: list[Tensor], features: list[Tensor], count: int) -> None:
+    """Raise ValueError where the residuals do not fit the skips and the middle that they are added to, for `count` texts."""
     if len(control) != len(features):
         raise ValueError(f"control has {len(control)} tensors, but the model has {len(features)} connections")
     for i, (residual, feature) in enumerate(zip(control, features, strict=True)):
         fits = residual.shape[2:] in (feature.shape[2:], (1, 1))  # (1, 1): averaged over all positions
-        if not fits or residual.shape[1] != feature.shape[1] or residual.shape[0] not in (1, feature.shape[0]):
+        if not fits or residual.shape[1] != feature.shape[1] or len(residual) not in (1, len(feature), count):
             raise ValueError(
                 f"control[{i}] has shape {tuple(residual.shape)}, but the model needs {tuple(feature.shape)}: "
                 "use a ControlNet of this U-Net's widths and latents of the same size"
