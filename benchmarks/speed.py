@@ -72,7 +72,8 @@ def make_weights(folder: Path, narrow: bool) -> None:
 
 def ours(args, dtype):
     sd = StableDiffusion.load(args.folder / "sd", dtype=dtype, device=args.device)
-    return sd, ControlNet.load(args.folder / "controlnet", unet=sd.unet, dtype=dtype, device=args.device)
+    net = ControlNet.load(args.folder / "controlnet", unet=sd.unet, dtype=dtype, device=args.device)
+    return sd, net
 
 
 def theirs(args, dtype):
@@ -105,6 +106,7 @@ def interleave(functions: dict, repeats: int, device: str) -> dict[str, list[flo
 def time_steps(args, dtype) -> dict:
     """One guided step: ControlNet and U-Net on [unconditional, conditional], as each pipeline runs them."""
     sd, net = ours(args, dtype)
+    sd.prepare(net)
     pipe = theirs(args, dtype)
     side, width = args.size // 8, sd.unet.cfg.context_dim
     g = torch.Generator().manual_seed(0)
@@ -197,6 +199,7 @@ def measure_one(args) -> None:
 def parity(args) -> list[tuple[str, float]]:
     """Relative errors of each model in float32."""
     sd, net = ours(args, torch.float32)
+    sd.prepare(net)
     pipe = theirs(args, torch.float32)
     g = torch.Generator().manual_seed(0)
     side = args.size // 8

@@ -164,7 +164,7 @@ class ControlNet(nn.Module):
             net = cls(cfg)
         if found.difference:
             found.file, found.parts["controlnet"] = _add_difference(found, unet, net)
-        weights.load_into(net, found.file, found.parts["controlnet"], dtype, device, torch.channels_last)
+        weights.load_into(net, found.file, found.parts["controlnet"], dtype, device)
         if unet is not None and "unet" in found.parts and not unet.out[2].weight.is_meta:
             _warn_of_another_unet(found, unet)
         return net.eval()

@@ -117,6 +117,7 @@ def convert(
     elif part == "controlnet":
         base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
         net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else keep, variant=variant)
+        weights.check_finite(net)
         if transfer_to is not None:
             transfer(net, _unet(hub.resolve(transfer_to)), _unet(hub.resolve(transfer_from) if transfer_from else path))
         net.save(destination, layout=layout, dtype=keep)
@@ -152,8 +153,5 @@ def transfer(net: ControlNet, new: weights.Contents, old: weights.Contents) -> N
         for base in (new, old):
             if name not in base.parts["unet"] or base.shapes("unet")[name] != tuple(tensor.shape):
                 raise ValueError(f"{base.file.path} has no {name} of shape {tuple(tensor.shape)}: the bases do not fit")
-        tensor += base_tensor(new, name) - base_tensor(old, name)
-
-
-def base_tensor(found: weights.Contents, name: str) -> torch.Tensor:
-    return weights.load_tensor(found.file, found.parts["unet"][name], torch.float32)
+        a, b = (base.file.get(base.parts["unet"][name]).view(tensor.shape).float() for base in (new, old))
+        tensor += a - b

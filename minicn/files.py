@@ -100,7 +100,23 @@ def _open_safetensors(path: Path) -> WeightFile:
             dtypes[key] = SAFETENSORS_DTYPES[view.get_dtype()]
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path} is no whole .safetensors file ({error}): fetch it again") from error
-    return WeightFile(path, file.get_tensor, shapes, dtypes, file.metadata())
+    metadata, maps = file.metadata(), {}
+
+    def get(key: str) -> Tensor:
+        """Return a tensor that lies in the mapped file.
+
+        A mapping, and what was read of it, counts as used memory as long as one of its tensors lives. So there is a new one
+        every 256 MB, and convolutions, which are copied into another layout, have theirs apart from what stays.
+        """
+        convolution = len(shapes[key]) == 4
+        mapped, used = maps.get(convolution, (None, math.inf))
+        size = math.prod(shapes[key]) * getattr(torch, dtypes[key]).itemsize
+        if used + size > 256e6:
+            mapped, used = safe_open(path, framework="pt"), 0
+        maps[convolution] = mapped, used + size
+        return mapped.get_tensor(key)
+
+    return WeightFile(path, get, shapes, dtypes, metadata)
 
 
 def _open_pickle(path: Path) -> WeightFile:

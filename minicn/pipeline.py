@@ -70,10 +70,7 @@ def load_model(
         if isinstance(error, ValueError) and str(found.file.path) in str(error):
             raise
         raise ValueError(f"{found.file.path} describes no {weights.WORDS[kind]} that can be built: {error}") from error
-    # The U-Net's convolutions are faster with channels last. Numerics: not the autoencoder; over its large maps PyTorch's
-    # GroupNorm for that layout adds up squares one by one, wrong by 1e-5 at 512x512 on CPUs.
-    layout = torch.channels_last if kind == "unet" else torch.contiguous_format
-    weights.load_into(model, found.file, keys, dtype, device, layout)
+    weights.load_into(model, found.file, keys, dtype, device)
     return model.eval()
 
 
@@ -161,6 +158,15 @@ class StableDiffusion:
         self.tokenizer.save(folder / "tokenizer")
         files.write_json(folder / "scheduler" / "scheduler_config.json", weights.SCHEDULER_CONFIG)
         files.write_json(folder / "model_index.json", weights.MODEL_INDEX)
+
+    def prepare(self, *controlnets: ControlNet) -> None:
+        """Check all weights once, and lay out the U-Net's and the ControlNets' for speed; `generate` begins with it."""
+        for model in (self.unet, *controlnets):
+            weights.prepare(model)
+        # Numerics: not the autoencoder; over its large maps PyTorch's GroupNorm for channels last adds up squares one by
+        # one, wrong by 1e-5 at 512x512 on CPUs.
+        for model in (self.vae, self.text_encoder):
+            weights.check_finite(model)
 
     def to(self, device: str | torch.device) -> "StableDiffusion":
         """Move the models to a device."""
@@ -274,6 +280,7 @@ class StableDiffusion:
         height, width = size_of(height, width, hints, image, 512 if self.unet.cfg.model_channels == 320 else 128)
 
         # Everything that does not change from step to step, once.
+        self.prepare(*nets)
         n, guided = len(prompts), guidance_scale != 1
         context = self.encode_prompts([negative_prompt] * n + prompts if guided else prompts)
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -285,6 +285,7 @@ def train(
     Ctrl-C or SIGTERM lets the step end, saves checkpoint and weights, then raises KeyboardInterrupt.
     """
     device = sd.device
+    sd.prepare()
     sd.unet.requires_grad_(False)
     net.train().requires_grad_(True).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.01, fused=True)

@@ -333,17 +333,16 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def load_into(
-    model: torch.nn.Module,
-    file: WeightFile,
-    keys: Keys,
-    dtype: torch.dtype,
-    device: str | torch.device = "cpu",
-    layout: torch.memory_format = torch.contiguous_format,
-) -> None:
-    """Give a model built on "meta" the tensors of a file, one by one, convolutions in this memory layout.
+CHECKED_AT_ONCE = 1e9  # bytes of a model up to which every number is looked at while loading; of larger ones, at first use
 
-    Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor.
+
+def load_into(
+    model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
+    """Give a model built on "meta" the tensors of a file, without a copy where precision and device are the file's.
+
+    Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor. (Large models are
+    only mapped: a non-finite tensor is then found by `prepare`, at first use.)
     """
     own = model.state_dict()
     missing, unknown = [k for k in own if k not in keys], [k for k in keys if k not in own]
@@ -359,20 +358,35 @@ def load_into(
             like.ndim == 4 and shape == tuple(like.shape[:2]) and like.shape[2:] == (1, 1)
         ):
             raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but needs {tuple(like.shape)}")
-        state[name] = load_tensor(file, keys[name], dtype, device).view(like.shape)
-        if like.ndim == 4:
-            state[name] = state[name].contiguous(memory_format=layout)
+        tensor = file.get(keys[name])
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{file.path}: {keys[name]} holds {file.dtypes[keys[name]]}, but weights are floating-point numbers"
+            )
+        state[name] = tensor.view(like.shape).to(device, dtype)
     model.load_state_dict(state, assign=True)
+    model.unchecked = (str(file.path), keys)
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) <= CHECKED_AT_ONCE:
+        check_finite(model)
 
 
-def load_tensor(file: WeightFile, key: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Tensor:
-    """Read a tensor of weights. Raises ValueError if it holds anything but finite numbers."""
-    tensor = file.get(key)
-    if not tensor.is_floating_point():
-        raise ValueError(f"{file.path}: {key} holds {file.dtypes[key]}, but weights are floating-point numbers")
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # a sum reads once; isfinite of each would write a mask, too
-        raise ValueError(f"{file.path}: {key} holds NaN or infinite values: the file is damaged, fetch it again")
-    return tensor.to(device, dtype)
+def check_finite(model: torch.nn.Module) -> None:
+    """Look at every number of a model once after loading. Raises ValueError, naming file and tensor, for NaN or infinity."""
+    path, keys = getattr(model, "unchecked", None) or (None, {})
+    if path is None:
+        return
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # a sum only reads; isfinite of each would write a mask
+            raise ValueError(f"{path}: {keys[name]} holds NaN or infinite values: the file is damaged, fetch it again")
+    model.unchecked = None
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Check a model's numbers, if that is still to be done, and put its convolutions into the faster memory layout."""
+    check_finite(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tuple[str, float]]:
