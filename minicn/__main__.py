@@ -1,4 +1,4 @@
-"""The command line: `minicn generate`, `condition`, `convert` and `inspect`, the same as `python -m minicn`."""
+"""The command line: `minicn generate`, `condition`, `convert`, ...; the same as `python -m minicn`."""
 
 import argparse
 import json
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
 import minicn
-from minicn import cli, conditions, converting
+from minicn import cli, conditions, converting, data
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -108,6 +109,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser("inspect", help="say what a file or folder of weights holds", **style)
     command.add_argument("source", help="folder, file or repository")
     command.add_argument("--compare-to", help="model with which to compare the U-Net, tensor by tensor")
+
+    command = commands.add_parser("check-data", help="look at every pair of a data folder before training", **style)
+    command.add_argument("folder", type=Path, help="with prompt.json (Fill50K's format) or metadata.jsonl (Hugging Face's)")
+    command.add_argument("--sheet", type=Path, help="contact sheet to write (default: FOLDER/sheet.png)")
+
+    command = commands.add_parser("make-data", help="make a data folder of circles, or of the toy world", **style)
+    command.add_argument("folder", type=Path, help="to write, in Fill50K's format")
+    command.add_argument("--count", type=cli.whole(1), default=1000, help="pairs, 1 and up")
+    choices = ("circles", *conditions.NAMES)
+    command.add_argument("--condition", choices=choices, default="circles", help="as Fill50K, or toy scenes with this hint")
+    command.add_argument("--seed", type=cli.whole(0), default=0, help="of the circles, 0 and up")
     return parser.parse_args(argv)
 
 
@@ -200,6 +212,39 @@ def inspect(args: argparse.Namespace) -> None:
             print(line)
 
 
+def check_data(args: argparse.Namespace) -> None:
+    pairs = data.read_pairs(args.folder)
+    sheet = args.sheet or args.folder / "sheet.png"
+    check_output(sheet)
+    found = [text for pair in tqdm(pairs, desc="checking", unit="pair") for text in data.problems(pair)]
+    for text in found:
+        print(text)
+    data.contact_sheet(pairs).save(sheet)
+    print(f"{len(pairs)} pairs, {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}; contact sheet: {sheet}")
+    if found:
+        sys.exit(1)
+
+
+def make_data(args: argparse.Namespace) -> None:
+    cli.check_folder(args.folder)
+    if args.condition == "circles":
+        pairs = data.circles(args.count, args.seed)
+    else:
+        pairs = data.toy_pairs(args.count, args.condition)
+    count = data.write_pairs(args.folder, tqdm(pairs, desc="drawing", unit="pair", total=args.count))
+    print(f"{args.folder}: {count} pairs; look at them with: minicn check-data {args.folder}")
+
+
+COMMANDS = {
+    "generate": generate,
+    "condition": condition,
+    "convert": convert,
+    "inspect": inspect,
+    "check-data": check_data,
+    "make-data": make_data,
+}
+
+
 def check_output(path: Path) -> None:
     """Raise ValueError, before any work, for a picture that could not be written afterwards."""
     if path.is_dir():
@@ -214,7 +259,7 @@ def check_output(path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with cli.polite_errors():
-        {"generate": generate, "condition": condition, "convert": convert, "inspect": inspect}[args.command](args)
+        COMMANDS[args.command](args)
     return 0
 
 

@@ -619,6 +619,13 @@ def test_inspect_says_what_is_inside(sd, net, ldm, tmp_path):
     assert lines[-1] == "  3 other tensors, which minicn does not use"
 
 
+def test_configurations_travel_with_a_whole_model(tmp_path):
+    """The toy has other heads and groups than Stable Diffusion 1.5; its single file says so."""
+    toy = StableDiffusion.load("toy")
+    toy.save(tmp_path / "toy.safetensors", layout="ldm")
+    assert_whole(StableDiffusion.load(tmp_path / "toy.safetensors", tokenizer=TOKENIZER), toy)
+
+
 def test_configuration_travels_with_what_minicn_writes(tmp_path, tiny_config):
     """Heads and groups leave no trace in shapes; minicn's own files say them."""
     unet = UNet(tiny_config)

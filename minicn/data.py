@@ -1,0 +1,188 @@
+"""Folders of (hint, image, prompt) on disk: read, checked, and made.
+
+Two formats. The official tutorial's (Fill50K): `prompt.json`, a JSON object a line with `source`, `target`, `prompt`.
+Hugging Face's image folder: `metadata.jsonl`, a JSON object a line with `conditioning_image`, `file_name`, `text`.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from minicn import conditions, toy
+
+FORMATS = {  # file: names of hint, image and prompt in its lines
+    "prompt.json": ("source", "target", "prompt"),
+    "metadata.jsonl": ("conditioning_image", "file_name", "text"),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A hint, the image that it belongs to, and what it shows; `line` of the table, from 1."""
+
+    hint: Path
+    image: Path
+    prompt: str
+    line: int
+
+
+def read_pairs(folder: str | Path) -> list[Pair]:
+    """Read the table of a data folder; the pictures themselves are not opened.
+
+    Raises FileNotFoundError or ValueError, naming file and line, for a folder of another format or a broken line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: name one with prompt.json or metadata.jsonl")
+    table = next((folder / name for name in FORMATS if (folder / name).is_file()), None)
+    if table is None:
+        raise FileNotFoundError(f"{folder} holds no prompt.json (Fill50K) and no metadata.jsonl (Hugging Face): make one")
+    try:
+        lines = table.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{table} is no text in UTF-8: {error}") from error
+    pairs = [_pair(folder, table, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not pairs:
+        raise ValueError(f"{table} is empty: it needs a line for each pair")
+    return pairs
+
+
+def _pair(folder: Path, table: Path, number: int, line: str) -> Pair:
+    names = FORMATS[table.name]
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{table}, line {number}, is no JSON object ({error}): mend or remove it") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{table}, line {number}, is no JSON object but {type(row).__name__}: mend or remove it")
+    for name in names:
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{table}, line {number}: {name} is {row.get(name)!r}, but must be text: mend or remove it")
+    hint, image, prompt = (row[name] for name in names)
+    return Pair(folder / hint, folder / image, prompt, number)
+
+
+def load_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return hint and image, each (size, size, 3) uint8, scaled so that the shorter side fits, the middle cut out alike.
+
+    Raises FileNotFoundError or ValueError, naming the file, for a missing or unreadable picture or sizes that differ.
+    """
+    hint, image = conditions.load_image(pair.hint), conditions.load_image(pair.image)
+    if hint.size != image.size:
+        raise ValueError(
+            f"{pair.hint} has {hint.width}x{hint.height} pixels, but {pair.image} {image.width}x{image.height}: "
+            "make them equal"
+        )
+    scale = size / min(image.size)
+    width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
+    left, top = (width - size) // 2, (height - size) // 2
+    box = (left, top, left + size, top + size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS) if (width, height) != image.size else image
+    hint = conditions.resize_hint(hint, height, width)
+    return np.asarray(hint.crop(box)), np.asarray(image.crop(box))
+
+
+# Checking
+
+
+def problems(pair: Pair) -> Iterator[str]:
+    """Yield what is wrong with a pair, in words, with the line of the table."""
+    where = f"line {pair.line}"
+    if not pair.prompt.strip():
+        yield f"{where}: the prompt is empty (fine for some, but most should say what is seen)"
+    pictures = []
+    for path in (pair.hint, pair.image):
+        try:
+            pictures.append(conditions.load_image(path))
+        except (OSError, ValueError) as error:
+            yield f"{where}: {error}"
+    if len(pictures) < 2:
+        return
+    hint, image = pictures
+    if hint.size != image.size:
+        yield f"{where}: {pair.hint} has {hint.width}x{hint.height} pixels, but {pair.image} {image.width}x{image.height}"
+    pixels = np.asarray(hint)
+    if pixels.max() == 0:
+        yield f"{where}: {pair.hint} is all black: it says nothing"
+    elif pixels.min() == pixels.max():
+        yield f"{where}: {pair.hint} is all of one colour: it says nothing"
+    elif looks_inverted(pixels):
+        yield f"{where}: {pair.hint} looks inverted: lines are white on black in hints"
+
+
+def looks_inverted(hint: np.ndarray) -> bool:
+    """Tell whether a hint (H, W, 3) uint8 is mostly white with some black: lines the wrong way round."""
+    grey = (hint.max(2) == hint.min(2)).all()
+    return bool(grey and np.mean(hint > 200) > 0.6 and np.mean(hint < 55) > 0.001)
+
+
+def contact_sheet(pairs: list[Pair], count: int = 24, side: int = 96) -> Image.Image:
+    """Draw up to `count` pairs, evenly chosen: hint, image, the beginning of the prompt; what is missing is red."""
+    chosen = [pairs[round(i)] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs)))]
+    across = min(8, len(chosen))
+    rows = -(-len(chosen) // across)
+    sheet = Image.new("RGB", (across * (side + 4), rows * (2 * side + 20)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, pair in enumerate(chosen):
+        x, y = i % across * (side + 4), i // across * (2 * side + 20)
+        for j, path in enumerate((pair.hint, pair.image)):
+            try:
+                picture = conditions.load_image(path).resize((side, side), Image.Resampling.BOX)
+            except (OSError, ValueError):
+                picture = Image.new("RGB", (side, side), "red")
+            sheet.paste(picture, (x, y + j * side))
+        draw.text((x + 2, y + 2 * side + 3), pair.prompt[:15], fill="black")
+    return sheet
+
+
+# Making
+
+
+def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray, str]]) -> int:
+    """Write (hint, image, prompt) in the tutorial's format and return how many. The table is written last.
+
+    Raises ValueError if the folder holds a table already.
+    """
+    folder = Path(folder)
+    for name in FORMATS:
+        if (folder / name).exists():
+            raise ValueError(f"{folder} holds a {name} already: name another folder")
+    lines = []
+    for name in ("source", "target"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, (hint, image, prompt) in enumerate(pairs):
+        for name, picture in (("source", hint), ("target", image)):
+            Image.fromarray(picture).save(folder / name / f"{i}.png")
+        lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))
+    temporary = folder / "prompt.json.part"
+    temporary.write_text("\n".join(lines) + "\n", "utf-8")
+    temporary.rename(folder / "prompt.json")
+    return len(lines)
+
+
+def circles(count: int, seed: int = 0, size: int = toy.SIZE) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    """Yield pairs like Fill50K's: the outline of a circle, the circle filled, "red circle with white background".
+
+    Pair i is a function of (seed, i) alone. The generator of Fill50K was never published; this one is ours.
+    """
+    y, x = np.mgrid[:size, :size] + 0.5
+    for i in range(count):
+        random = np.random.default_rng([seed, i])
+        colour, ground = random.choice(list(toy.COLOURS)), random.choice(list(toy.BACKGROUNDS))
+        radius = random.uniform(0.1, 0.35) * size
+        middle = random.uniform(radius + 2, size - radius - 2, 2)
+        inside = radius - np.hypot(x - middle[0], y - middle[1])  # pixels from the edge, above 0 within
+        filled, line = (np.clip(v, 0, 1)[..., None] for v in (inside + 0.5, 1.5 - abs(inside)))
+        image = filled * np.array(toy.COLOURS[colour]) + (1 - filled) * np.array(toy.BACKGROUNDS[ground])
+        hint = np.repeat(255 * line, 3, axis=2)
+        yield hint.round().astype(np.uint8), image.round().astype(np.uint8), f"{colour} circle with {ground} background"
+
+
+def toy_pairs(count: int, condition: str) -> Iterator[tuple[np.ndarray, np.ndarray, str]]:
+    """Yield the training scenes of the toy world with their hints."""
+    for scene in toy.scenes(count, "train"):
+        yield scene.hint(condition), scene.image, scene.caption

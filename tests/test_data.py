@@ -1,0 +1,161 @@
+"""Folders of hint, image and prompt: both formats, what is broken in them, and those that minicn makes."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minicn import __main__, data, toy
+
+
+def write(path, size=(40, 30), colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def table(folder, rows, name="prompt.json"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return folder
+
+
+def row(i, prompt="a red ball"):
+    return {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+
+
+def test_both_formats_are_read(tmp_path):
+    """Fill50K's prompt.json and Hugging Face's metadata.jsonl name the same three things; empty lines do not count."""
+    fill = data.read_pairs(table(tmp_path / "fill", [row(1), "", row(2, "a café")]))
+    hugging = {"conditioning_image": "source/1.png", "file_name": "target/1.png", "text": "a red ball", "extra": 3}
+    face = data.read_pairs(table(tmp_path / "face", [hugging], "metadata.jsonl"))
+    assert [(p.prompt, p.line) for p in fill] == [("a red ball", 1), ("a café", 3)]
+    assert fill[0].hint == tmp_path / "fill" / "source" / "1.png"
+    assert fill[0].image == tmp_path / "fill" / "target" / "1.png"
+    assert (face[0].hint.name, face[0].image.parent.name, face[0].prompt) == ("1.png", "target", "a red ball")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([row(1), "{broken"], r"prompt\.json, line 2, is no JSON object"),
+        ([row(1), "[1]"], r"line 2, is no JSON object but list"),
+        ([{**row(1), "prompt": 7}], r"line 1: prompt is 7, but must be text"),
+        ([{"source": "a"}], r"line 1: target is None"),
+        ([""], r"prompt\.json is empty"),
+    ],
+)
+def test_a_broken_table_is_named_with_its_line(tmp_path, rows, words):
+    with pytest.raises(ValueError, match=words):
+        data.read_pairs(table(tmp_path / "d", rows))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none is no folder"):
+        data.read_pairs(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"holds no prompt\.json"):
+        data.read_pairs(tmp_path)
+
+
+def test_hint_and_image_are_cut_alike(tmp_path):
+    """The shorter side becomes `size`, the middle is kept: the same pixels of both, hints without new colours."""
+    column = np.zeros((60, 100, 3), np.uint8)
+    column[:, 50:] = 255
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(column).save(tmp_path / name / "1.png")
+    [pair] = data.read_pairs(table(tmp_path, [row(1)]))
+    hint, image = data.load_pair(pair, 120)
+    assert hint.shape == image.shape == (120, 120, 3)
+    assert np.array_equal(hint[:, :59], np.zeros_like(hint[:, :59]))
+    assert (hint[:, 61:] == 255).all()
+    assert set(np.unique(hint)) == {0, 255}
+    assert abs(hint.astype(int) - image)[:, :50].max() == 0  # beyond, the smooth resizing of the image rings
+    same, _ = data.load_pair(pair, 60)
+    assert np.array_equal(same, column[:, 20:80])
+
+
+def test_pictures_that_do_not_fit_are_named(tmp_path):
+    write(tmp_path / "source" / "1.png", (40, 30))
+    write(tmp_path / "target" / "1.png", (40, 32))
+    pairs = data.read_pairs(table(tmp_path, [row(1), row(2)]))
+    with pytest.raises(ValueError, match=r"source/1\.png has 40x30 pixels, but .*target/1\.png 40x32"):
+        data.load_pair(pairs[0], 32)
+    with pytest.raises(FileNotFoundError, match=r"source/2\.png does not exist"):
+        data.load_pair(pairs[1], 32)
+
+
+def test_check_data_says_every_problem(tmp_path, capsys):
+    """Missing, unreadable, sizes that differ, empty prompts, black and inverted hints; then a contact sheet, status 1."""
+    lines = np.zeros((30, 40, 3), np.uint8)
+    lines[10:12] = 255
+    for i, picture in enumerate((lines, 255 - lines, 0 * lines, lines[:20], lines, lines), 1):
+        write(tmp_path / "target" / f"{i}.png")
+        (tmp_path / "source").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / "source" / f"{i}.png")
+    (tmp_path / "target" / "5.png").write_text("no picture")
+    (tmp_path / "target" / "6.png").unlink()
+    table(tmp_path, [row(1), row(2), row(3), row(4), row(5), row(6), row(1, " ")])
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["check-data", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 1
+    said = out.splitlines()
+    for number, words in (
+        (2, "looks inverted"),
+        (3, "is all black"),
+        (4, "has 40x20 pixels, but"),
+        (5, "is no picture"),
+        (6, "does not exist"),
+        (7, "the prompt is empty"),
+    ):
+        assert [line for line in said if line.startswith(f"line {number}:")] == [line for line in said if words in line], (
+            words
+        )
+    assert not any(line.startswith("line 1:") for line in said)
+    assert said[-1].startswith("7 pairs, 6 problems; contact sheet: ")
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert (sheet == (255, 0, 0)).all(2).any()  # what is missing
+
+
+def test_the_toys_hints_do_not_look_inverted():
+    assert not any(data.looks_inverted(toy.scene(i).hint("canny")) for i in range(30))
+    assert all(data.looks_inverted(255 - toy.scene(i).hint("canny")) for i in range(30))
+
+
+def test_make_data_writes_what_check_data_likes(tmp_path, capsys):
+    """`minicn make-data` then `minicn check-data`: no problem; twice the same seed, twice the same bytes."""
+    for name in ("a", "b"):
+        assert __main__.main(["make-data", str(tmp_path / name), "--count", "5", "--seed", "3"]) == 0
+    assert __main__.main(["make-data", str(tmp_path / "toy"), "--count", "3", "--condition", "canny"]) == 0
+    for name in ("a", "toy"):
+        assert __main__.main(["check-data", str(tmp_path / name)]) == 0
+    assert "5 pairs, no problems" in capsys.readouterr().out
+    for path in (tmp_path / "a").rglob("*.png"):
+        if path.name != "sheet.png":
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+    pairs = data.read_pairs(tmp_path / "toy")
+    assert [pair.prompt for pair in pairs] == [toy.scene(i).caption for i in range(3)]
+    hint, image = data.load_pair(pairs[1], 128)
+    assert np.array_equal(image, toy.scene(1).image)
+    assert np.array_equal(hint, toy.scene(1).hint("canny"))
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["make-data", str(tmp_path / "a")])
+    assert stopped.value.code == 2
+    assert "holds a prompt.json already" in capsys.readouterr().err
+
+
+def test_circles_are_what_they_say():
+    """The hint is the outline of the disc in the image; colours are those of the prompt; pair i does not depend on count."""
+    for (hint, image, prompt), (again, _, _) in zip(data.circles(6, 1), data.circles(20, 1), strict=False):
+        assert np.array_equal(hint, again)
+        colour, ground = prompt.split()[0], prompt.split()[3]
+        inside = (image == toy.COLOURS[colour]).all(2)
+        outside = (image == toy.BACKGROUNDS[ground]).all(2)
+        assert 0.02 < inside.mean() < 0.4
+        assert (inside | outside).mean() > 0.95
+        y, x = np.nonzero(inside)
+        radius = np.sqrt(inside.sum() / np.pi)
+        bright_y, bright_x = np.nonzero(hint[..., 0] > 200)
+        distance = np.hypot(bright_y - y.mean(), bright_x - x.mean())
+        assert abs(distance - radius).max() < 2
