@@ -5,13 +5,14 @@ python train_toy.py --base --steps 6000      the toy Stable Diffusion itself, fr
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from minicn import ControlNet, StableDiffusion, cli, conditions, toy, training
+from minicn import ControlNet, StableDiffusion, cli, conditions, recording, toy, training
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
 
@@ -33,6 +34,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
     add("--drop-prompt", type=cli.number(0, 1), default=0.5, help="share of prompts replaced by the empty one")
+    add("--connect", choices=("all", "middle"), default="all", help="middle: the paper's small-scale regime")
+    add("--controlnet", default=None, help="go on from this ControlNet, e.g. one trained with --connect middle")
+    add("--unlock", choices=("none", "decoder", "all"), default="none", help="part of Stable Diffusion that learns, too")
+    add("--unlock-lr", type=cli.number(0, 1), default=1e-4, help="learning rate of what is unlocked, 0 to 1")
     add("--guidance-scale", type=cli.number(0, 100), default=3.0, help="of the pictures drawn on the way")
     add("--pictures", type=count, default=16, help="held-out scenes that are drawn and scored on the way")
     add("--score-every", type=count, default=250, help="steps between pictures drawn, scored and logged")
@@ -48,21 +53,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
-    settings = {
-        name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed", "condition", "drop_prompt", "pictures")
-    }
+    names = ("steps", "batch_size", "lr", "seed", "drop_prompt", "connect", "unlock", "unlock_lr")
+    recipe = training.Recipe(**{name: getattr(args, name) for name in names})
     count = min(args.scenes, args.steps * args.batch_size)
-    run = training.Run(args.output, settings | {"scenes": count, "model": str(args.model)})
-    run.prepare(args.resume)
+    settings = {"condition": args.condition, "pictures": args.pictures, "scenes": count, "model": str(args.model)}
+    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
+    if training.process()[0] == 0:
+        run.prepare(args.resume)
 
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
     sd = StableDiffusion.load(args.model, device=device)
-    scenes = toy.scenes(count, "train")
-    examples = training.Examples.from_scenes(sd, scenes, args.condition)
-    validation = training.Validation(sd, list(toy.scenes(args.pictures, "test")), args.condition, args.guidance_scale)
+    examples = training.Examples.from_scenes(sd, toy.scenes(count, "train"), args.condition)
+    held_out = list(toy.scenes(args.pictures, "test"))
+    validation = recording.Validation(
+        sd,
+        [scene.image for scene in held_out],
+        [scene.hint(args.condition) for scene in held_out],
+        [scene.caption for scene in held_out],
+        args.guidance_scale,
+    )
 
-    # 2. The trainable copy of its encoder, joined to it by zero convolutions.
-    net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+    # 2. The trainable copy of its encoder, joined to it by zero convolutions; or one that was trained before.
+    if args.controlnet is None:
+        net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+    else:
+        net = ControlNet.load(args.controlnet, unet=sd.unet, device=device)
 
     # 3. Predict the noise; let the gradient through the locked decoder into the copy; repeat.
     training.train(
@@ -71,18 +86,15 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
         examples,
         validation,
         run,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        seed=args.seed,
-        drop_prompt=args.drop_prompt,
+        recipe,
         score_every=args.score_every,
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
     )
-    run.save_curve()
-    print(run.verdict())
-    print(f"Weights: {args.output / 'controlnet.safetensors'}   pictures: {args.output / 'sheet.png'}")
+    if training.process()[0] == 0:
+        run.save_curve()
+        print(run.verdict())
+        print(f"Weights: {args.output / 'controlnet.safetensors'}   pictures: {args.output / 'sheet.png'}")
 
 
 def main(argv: list[str] | None = None) -> int:

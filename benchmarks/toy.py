@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from minicn import ControlNet, StableDiffusion, measures, toy, training
+from minicn import ControlNet, StableDiffusion, measures, recording, toy
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def draw(sd, scenes, guidance_scale, net=None, batch=25):
     images = []
     for i in range(0, len(scenes), batch):
         chunk = scenes[i : i + batch]
-        hints = training.stack([scene.hint("canny") for scene in chunk]).float() / 255
+        hints = recording.stack([scene.hint("canny") for scene in chunk]).float() / 255
         images += sd.generate(
             [scene.caption for scene in chunk],
             hint=None if net is None else hints,
@@ -52,7 +52,7 @@ def main() -> None:
     truths = [scene.image for scene in scenes]
     rows = []
 
-    latents = training.encode(sd.vae, training.stack(truths))
+    latents = recording.encode(sd.vae, recording.stack(truths))
     through_vae = [image for chunk in latents.split(25) for image in sd.decode_latents(chunk.to(sd.device))]
     ceiling = measures.mean_edge_f1(through_vae, truths)
     plain = draw(sd, scenes, args.guidance_scale)

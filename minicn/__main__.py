@@ -1,6 +1,7 @@
 """The command line: `minicn generate`, `condition`, `convert`, ...; the same as `python -m minicn`."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import minicn
-from minicn import cli, conditions, converting, data
+from minicn import cli, conditions, converting, data, recording, training
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -109,6 +110,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser("inspect", help="say what a file or folder of weights holds", **style)
     command.add_argument("source", help="folder, file or repository")
     command.add_argument("--compare-to", help="model with which to compare the U-Net, tensor by tensor")
+
+    command = commands.add_parser("train", help="train a ControlNet on a data folder", **style)
+    add, count = command.add_argument, cli.whole(1)
+    add("--model", required=True, help=MODEL)
+    add("--data", type=Path, required=True, help="folder with prompt.json (Fill50K) or metadata.jsonl (Hugging Face)")
+    add("--output", type=Path, required=True, help="folder for weights, log, sheets and checkpoints")
+    add("--steps", type=count, required=True, help="optimiser steps, 1 and up")
+    add("--controlnet", help="go on from this one, e.g. one trained with --connect middle (default: a fresh copy)")
+    add("--batch-size", type=count, default=4, help="samples a step, over all processes and parts, 1 and up")
+    add("--accumulate", type=count, default=1, help="parts, one after the other, of each process's share of a batch")
+    add("--lr", type=cli.number(0, 1), default=1e-5, help="learning rate of AdamW, 0 to 1")
+    add("--lr-decay", type=cli.number(0, 1), default=0.0, help="share of the steps, at the end, over which it falls to 0")
+    add("--seed", type=cli.whole(0), default=0, help="of data order, noise, timesteps and dropped prompts, 0 and up")
+    add("--drop-prompt", type=cli.number(0, 1), default=0.5, help="share of prompts replaced by the empty one, 0 to 1")
+    add("--connect", choices=("all", "middle"), default="all", help="middle: the paper's small-scale regime")
+    add("--unlock", choices=("none", "decoder", "all"), default="none", help="part of Stable Diffusion that learns, too")
+    add("--unlock-lr", type=cli.number(0, 1), default=2e-6, help="learning rate of what is unlocked, 0 to 1")
+    add("--precision", choices=training.PRECISIONS, default="float32", help="of the computation; weights stay float32")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--resolution", type=cli.whole(8), help="pixels a side, a multiple of 8 (default: what the model was trained at)")
+    add("--pictures", type=cli.whole(0), default=4, help="pairs, the first of the folder, drawn on the way; 0: none")
+    add("--guidance-scale", type=cli.number(0, 100), default=9.0, help="of the pictures drawn on the way")
+    add("--score-every", type=count, default=250, help="steps between pictures drawn and rows of the log")
+    add("--checkpoint-every", type=count, default=1000, help="steps between checkpoints")
+    add("--keep", type=cli.whole(0), default=0, help="older checkpoints that stay")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    add("--tokenizer", help="folder with vocab.json and merges.txt, for a single file (default: CLIP's from the cache)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
     command = commands.add_parser("check-data", help="look at every pair of a data folder before training", **style)
     command.add_argument("folder", type=Path, help="with prompt.json (Fill50K's format) or metadata.jsonl (Hugging Face's)")
@@ -212,6 +241,51 @@ def inspect(args: argparse.Namespace) -> None:
             print(line)
 
 
+def train(args: argparse.Namespace) -> None:
+    cli.check_folder(args.output)
+    device, first = cli.device(args.device), training.process()[0] == 0
+    pairs = data.read_pairs(args.data)
+    names = [field.name for field in dataclasses.fields(training.Recipe)]
+    recipe = training.Recipe(**{name: getattr(args, name) for name in names})
+    sd = StableDiffusion.load(args.model, device=device, tokenizer=args.tokenizer)
+    size = args.resolution or (512 if sd.unet.cfg.model_channels == 320 else 128)
+    if size % 8:
+        raise ValueError(f"--resolution is {size}, but must be a multiple of 8")
+    settings = {"data": str(args.data), "pairs": len(pairs), "model": str(args.model), "resolution": size}
+    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings, args.keep)
+    if first:
+        run.prepare(args.resume)
+    torch.manual_seed(args.seed)
+    torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them many times slower
+    if args.controlnet is None:
+        net = ControlNet.from_unet(sd.unet)
+    else:
+        net = ControlNet.load(args.controlnet, unet=sd.unet, device=device)
+    examples = training.Examples.from_pairs(sd, pairs, size)
+    shown = [data.load_pair(pair, size) for pair in pairs[: args.pictures]] if first else []
+    validation = None
+    if shown:
+        hints, truths = zip(*shown, strict=True)
+        prompts = [pair.prompt for pair in pairs[: args.pictures]]
+        validation = recording.Validation(sd, list(truths), list(hints), prompts, args.guidance_scale)
+    training.train(
+        sd,
+        net,
+        examples,
+        validation,
+        run,
+        recipe,
+        score_every=args.score_every,
+        checkpoint_every=args.checkpoint_every,
+        resume=args.resume,
+    )
+    if first:
+        net.save(args.output / "diffusers", layout="diffusers")
+        run.save_curve()
+        print(run.verdict())
+        print(f"Weights: {args.output / 'controlnet.safetensors'}, and for diffusers in {args.output / 'diffusers'}")
+
+
 def check_data(args: argparse.Namespace) -> None:
     pairs = data.read_pairs(args.folder)
     sheet = args.sheet or args.folder / "sheet.png"
@@ -240,6 +314,7 @@ COMMANDS = {
     "condition": condition,
     "convert": convert,
     "inspect": inspect,
+    "train": train,
     "check-data": check_data,
     "make-data": make_data,
 }
@@ -258,7 +333,7 @@ def check_output(path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    with cli.polite_errors():
+    with cli.polite_errors(args.output if args.command == "train" else None):
         COMMANDS[args.command](args)
     return 0
 

@@ -5,7 +5,6 @@ checkpoints. `ControlledBlock` is eq. (2) for any block, `ControlNet` the same i
 """
 
 import copy
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minicn import files, hub, weights
-from minicn.unet import TextKeys, UNet, UNetConfig, build_encoder, check_inputs, embed_timesteps, zero_module
+from minicn.unet import TextKeys, UNet, UNetConfig, build_encoder, check_inputs, embed_timesteps, run, zero_module
 
 
 def zero_conv(c_in: int, c_out: int | None = None, kernel_size: int = 1) -> nn.Conv2d:
@@ -100,6 +99,8 @@ class ControlNet(nn.Module):
         self.input_hint_block = hint_encoder(cfg.unet.model_channels, cfg.hint_channels, cfg.paper_hint_encoder)
         self.zero_convs = nn.ModuleList(nn.Sequential(zero_conv(c)) for c in skips)  # Compat: key zero_convs.{i}.0
         self.middle_block_out = nn.Sequential(zero_conv(skips[-1]))
+        self.only_middle = False  # the small-scale regime: the other twelve are not connected, and not computed
+        self.gradient_checkpointing = False
 
     @classmethod
     def from_unet(
@@ -178,7 +179,7 @@ class ControlNet(nn.Module):
         state = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.state_dict().items()}
         if layout == "ldm":
             state = {weights.PREFIXES["controlnet"] + key: tensor for key, tensor in state.items()}
-            files.write(path, state, {"minicn": json.dumps({"controlnet": asdict(self.cfg.unet)})})
+            files.write(path, state, {"minicn": weights.metadata({"controlnet": asdict(self.cfg.unet)})})
         elif layout == "diffusers":
             if self.cfg.paper_hint_encoder:
                 raise ValueError('diffusers has no place for the hint encoder of the paper: save with layout "ldm"')
@@ -189,7 +190,7 @@ class ControlNet(nn.Module):
             raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
 
     def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
-        """Return 12 residuals for the skips, then 1 for the middle block.
+        """Return 12 residuals for the skips (None where `only_middle`), then 1 for the middle block.
 
         x          (B, 4, h, w)    noisy latents
         hint       (B, 3, 8h, 8w)  in [0, 1]
@@ -216,13 +217,14 @@ class ControlNet(nn.Module):
         emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb
         # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after.
         h = self.input_blocks[0](x, emb, context) + hint_features
-        control = [self.zero_convs[0](h)]
+        control = [None if self.only_middle else self.zero_convs[0](h)]
         for block, zero in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
-            h = block(h, emb, context)
-            control.append(zero(h))
-        control.append(self.middle_block_out(self.middle_block(h, emb, context)))
+            h = run(block, self.gradient_checkpointing, h, emb, context)
+            control.append(None if self.only_middle else zero(h))
+        h = run(self.middle_block, self.gradient_checkpointing, h, emb, context)
+        control.append(self.middle_block_out(h))
         if self.cfg.global_pool:
-            control = [c.mean((2, 3), keepdim=True) for c in control]
+            control = [c if c is None else c.mean((2, 3), keepdim=True) for c in control]
         return control
 
 

@@ -3,7 +3,6 @@
 Source of the transfer: the arithmetic of the official tool_transfer_control, copy + new base - old base.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +133,7 @@ def save_model(kind: str, model: torch.nn.Module, destination: Path, layout: str
     state = model.state_dict()
     if layout == "ldm":
         state = {weights.PREFIXES[kind] + key: tensor for key, tensor in state.items()}
-        files.write(destination, state, {"minicn": json.dumps({kind: asdict(model.cfg)})})
+        files.write(destination, state, {"minicn": weights.metadata({kind: asdict(model.cfg)})})
         return
     config = weights.unet_config(model.cfg) if kind == "unet" else weights.vae_config(model.cfg, 512)
     files.write_json(destination / "config.json", config)

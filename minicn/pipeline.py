@@ -3,7 +3,6 @@
 Source: Rombach et al., arXiv:2112.10752; with a ControlNet, Zhang and Agrawala, arXiv:2302.05543v1.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -141,7 +140,7 @@ class StableDiffusion:
         if layout == "ldm":
             whole = {weights.PREFIXES[kind] + key: tensor for kind, state in states.items() for key, tensor in state.items()}
             configs = {kind: asdict(getattr(self, kind).cfg) for kind in MODELS}
-            files.write(path, whole, {"minicn": json.dumps(configs)})
+            files.write(path, whole, {"minicn": weights.metadata(configs)})
             return
         if layout != "diffusers":
             raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
@@ -370,13 +369,16 @@ class Control:
     def residuals(self, x: Tensor, t: Tensor, i: int) -> list[Tensor]:
         """Return the 13 scaled residuals of step i for the latents x, [unconditional, conditional] if guided."""
         control = self.net.residuals(x, self.features, t, self.keys, self.emb[i : i + 1])
-        control = [c if scale == 1 else scale * c for scale, c in zip(self.scales, control, strict=True)]
-        return [torch.cat([torch.zeros_like(c), c]) for c in control] if self.half else control
+        control = [c if scale == 1 or c is None else scale * c for scale, c in zip(self.scales, control, strict=True)]
+        if self.half:
+            control = [c if c is None else torch.cat([torch.zeros_like(c), c]) for c in control]
+        return control
 
 
 def total(controls: list[list[Tensor]]) -> list[Tensor]:
     """Add the residuals of several ControlNets."""
-    return [sum(residuals[1:], residuals[0]) for residuals in zip(*controls, strict=True)]
+    columns = [[c for c in residuals if c is not None] for residuals in zip(*controls, strict=True)]
+    return [sum(column[1:], column[0]) if column else None for column in columns]
 
 
 def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[float]]:

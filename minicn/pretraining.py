@@ -8,10 +8,8 @@ perceptual loss of the autoencoder; an L1 loss on differences of neighbouring pi
 
 import contextlib
 import copy
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,8 +21,9 @@ from tqdm import tqdm
 from minicn import ddim, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
+from minicn.recording import StopRequest, check_resume, encode, save_whole, stack
 from minicn.tokenizer import Tokenizer, byte_letters
-from minicn.training import StopRequest, check_resume, encode, save_whole, stack
+from minicn.training import process
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
@@ -248,11 +247,6 @@ def train_unet(
     return average.eval()
 
 
-def process() -> tuple[int, int]:
-    """Return this process's number and how many there are: (0, 1) unless torchrun started several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def pictures(indices: Iterable[int]) -> tuple[Tensor, list[str]]:
     """Draw toy pictures, uint8 (N, 3, 128, 128), and their captions."""
     scenes = [toy.scene(i) for i in tqdm(indices, desc="drawing scenes", unit="scene", disable=process()[0] > 0)]
@@ -279,8 +273,6 @@ def train_base(
     Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process a core waits for
     the other once a step, threads of one process at every layer.
     """
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(hours=3))  # the others wait while one trains the autoencoder
     rank, world = process()
     check_resume(output / "checkpoint.pt", resume)
     output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,13 @@ class Block(nn.Sequential):
         return x
 
 
+def run(block: nn.Module, checkpointing: bool, *inputs):
+    """Run a block; with gradient checkpointing its features are computed again going backwards, instead of kept."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter of a module to zero."""
     for p in module.parameters():
@@ -265,6 +273,7 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig | None = None):
         super().__init__()
+        self.gradient_checkpointing = False
         self.cfg = cfg = cfg or UNetConfig()
         self.time_embed, self.input_blocks, self.middle_block, skips = build_encoder(cfg)
         emb_dim, groups = 4 * cfg.model_channels, cfg.norm_num_groups
@@ -297,29 +306,31 @@ class UNet(nn.Module):
         x          (B, 4, h, w)        noisy latents, any h and w
         timesteps  (B,)                0 to 999
         context    (B, 77, 768)        text features; or (k B, 77, 768), as if x came k times: then so does the result
-        control    list of 13 tensors  added to the 12 skips and, the last, to the middle block's output
+        control    list of 13 tensors  added to the 12 skips and, the last, to the middle block's output; None adds none
         emb        (1 or B, 4 C)       the timesteps embedded, where a sampler has them already
         Raises ValueError for latents, timesteps, context or control that do not fit the model.
         """
         check_inputs(self.cfg, x, timesteps, context)
         emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb
-        h, skips = x, []
+        h, skips, again = x, [], self.gradient_checkpointing
         for block in self.input_blocks:
-            h = block(h, emb, context)
+            h = run(block, again, h, emb, context)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = run(self.middle_block, again, h, emb, context)
         if control is not None:
             check_control(control, [*skips, h], len(h))
             skips = [add(skip, residual) for skip, residual in zip(skips, control[:-1], strict=True)]
             h = add(h, control[-1])
         for block in self.output_blocks:
             h = torch.cat([h, repeat(skips.pop(), len(h))], dim=1)
-            h = block(h, emb, context, size=skips[-1].shape[-2:] if skips else None)
+            h = run(block, again, h, emb, context, skips[-1].shape[-2:] if skips else None)
         return self.out(h)
 
 
-def add(feature: Tensor, residual: Tensor) -> Tensor:
+def add(feature: Tensor, residual: Tensor | None) -> Tensor:
     """Add a residual to a feature, either of which may stand for several samples."""
+    if residual is None:
+        return feature
     count = max(len(feature), len(residual))
     return repeat(feature, count) + repeat(residual, count)
 
@@ -343,6 +354,8 @@ def check_control(control: list[Tensor], features: list[Tensor], count: int) -> 
     if len(control) != len(features):
         raise ValueError(f"control has {len(control)} tensors, but the model has {len(features)} connections")
     for i, (residual, feature) in enumerate(zip(control, features, strict=True)):
+        if residual is None:
+            continue
         fits = residual.shape[2:] in (feature.shape[2:], (1, 1))  # (1, 1): averaged over all positions
         if not fits or residual.shape[1] != feature.shape[1] or len(residual) not in (1, len(feature), count):
             raise ValueError(

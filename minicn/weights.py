@@ -298,6 +298,11 @@ def fields_of(found: Contents, kind: str) -> dict:
     }
 
 
+def metadata(configs: dict[str, dict]) -> str:
+    """Return what minicn writes into a file: the fields of each model's configuration, for `fields_of`."""
+    return json.dumps(configs)
+
+
 def hint_channels_of(found: Contents) -> tuple[int, ...]:
     """Return the widths of a ControlNet's hint encoder."""
     shapes = found.shapes("controlnet")

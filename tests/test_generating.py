@@ -14,6 +14,7 @@ from minicn.unet import TextKeys, embed_timesteps
 
 STEPS = 3
 SCENE = toy.scene(1, "test")
+MASK = np.repeat(np.uint8([255, 0]), 64)[None].repeat(128, 0)  # the left half
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_nan_names_step_and_remedy(sd):
 def test_words_that_are_lost_are_named(sd):
     """A prompt of more than 77 tokens is cut, and the warning says what was lost."""
     long = "a red ball " * 26 + "and at last a star"  # 78 tokens before the end
-    with pytest.warns(UserWarning, match="longer than 77 tokens: lost is '.*at last a star'"):
+    with pytest.warns(UserWarning, match="longer than 77 tokens: lost is 'a red ball and at last a star'"):
         context = sd.encode_prompts([long])
     assert torch.equal(context, sd.text_encoder(sd.tokenizer([long])))
     with warnings.catch_warnings():
@@ -287,7 +288,7 @@ def test_several_pictures_are_numbered(tmp_path, sd):
 
 def test_the_command_line_reaches_every_setting(tmp_path, sd, net, hint):
     """Two ControlNets with scales, a window, guess mode, image, mask: the picture that Python gives."""
-    for name, array in (("hint", hint), ("image", SCENE.image), ("mask", np.tile(np.uint8(255), (128, 128)))):
+    for name, array in (("hint", hint), ("image", SCENE.image), ("mask", MASK)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
     hints = ["--controlnet", "toy-canny", "--hint", tmp_path / "hint.png"] * 2
     scales = ["--conditioning-scale", "0.5", "--conditioning-scale", "0.25"]
@@ -302,7 +303,7 @@ def test_the_command_line_reaches_every_setting(tmp_path, sd, net, hint):
         control_end=0.5,
         guess_mode="diffusers",
         image=Image.fromarray(SCENE.image),
-        mask=Image.new("L", (128, 128), 255),
+        mask=Image.fromarray(MASK),
         denoise=0.9,
         num_steps=2,
     )

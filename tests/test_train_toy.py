@@ -140,7 +140,7 @@ def test_the_base_can_go_on_from_a_model(tmp_path):
         (["--device", "abacus"], "device 'abacus' is not to be had"),
         (["--device", "meta"], "computes nothing"),
         (["--condition", "smell"], "canny"),
-        (["--model", "nowhere"], "nowhere is no folder"),
+        (["--model", "nowhere"], "nowhere is no file or folder"),
         (["--resume"], "holds no checkpoint"),
     ],
 )
@@ -238,7 +238,7 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
         (["--output", "{tmp}/out.xyz"], "no ending of a picture"),
         (["--output", "{tmp}/out.png", "--num-steps", "0"], "1 to 1000"),
         (["--output", "{tmp}/out.png", "--seed", "-1"], "0 to"),
-        (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no folder"),
+        (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no file or folder"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png"], "go together"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png", "--controlnet", "toy-canny"], "does not exist"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/text.png", "--controlnet", "toy-canny"], "is no picture"),
