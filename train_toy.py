@@ -58,11 +58,11 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     count = min(args.scenes, args.steps * args.batch_size)
     settings = {"condition": args.condition, "pictures": args.pictures, "scenes": count, "model": str(args.model)}
     run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
-    if training.process()[0] == 0:
-        run.prepare(args.resume)
 
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
     sd = StableDiffusion.load(args.model, device=device)
+    if training.process()[0] == 0:
+        run.prepare(args.resume)
     examples = training.Examples.from_scenes(sd, toy.scenes(count, "train"), args.condition)
     held_out = list(toy.scenes(args.pictures, "test"))
     validation = recording.Validation(

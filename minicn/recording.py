@@ -25,7 +25,7 @@ from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 from minicn.vae import VAE
 
-FOLLOWS = 0.5  # the score from which a ControlNet is said to follow
+FOLLOWS = 0.3  # the score from which a ControlNet is said to follow
 QUARTERS = (125, 375, 625, 875)  # timesteps that stand for the quarters of the schedule
 
 

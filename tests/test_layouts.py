@@ -31,8 +31,8 @@ from minicn.pipeline import load_model, load_vae
 from minicn.tokenizer import Tokenizer
 
 # Narrow, but with the heads and groups of Stable Diffusion 1.5, which leave no trace in a file.
-UNET = UNetConfig(model_channels=32, context_dim=64)
-VAE_CONFIG = VAEConfig(channels=(32, 32, 64, 64))
+UNET = UNetConfig(model_channels=32, channel_mult=(1, 2, 3, 3), context_dim=64)
+VAE_CONFIG = VAEConfig(channels=(32, 32, 32, 64))
 TOKENIZER = hub.TOY_BASE / "tokenizer"
 OTHER_BUFFERS = {"betas": torch.zeros(1000), "logvar": torch.zeros(1000), "model_ema.num_updates": torch.tensor(3)}
 

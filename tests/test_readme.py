@@ -37,8 +37,20 @@ def test_the_two_minicn_commands_run(tmp_path, monkeypatch):
 
 def test_the_commands_for_real_weights_are_commands():
     """What cannot be run without the weights is at least understood, and ends where a file is missing."""
-    commands = re.findall(r"^    minicn (.*)$", README.split("## The real")[1], re.MULTILINE)
+    text = README.split("## The real")[1].split("## Train on")[0]
+    commands = re.findall(r"^    minicn (.*)$", text, re.MULTILINE)
     assert [__main__.parse_args(shlex.split(command)).command for command in commands] == ["generate", "inspect", "convert"]
+
+
+def test_the_commands_for_training_run(tmp_path, monkeypatch):
+    """`make-data`, `check-data` and `train`, as they stand but for the numbers, which are smaller here."""
+    commands = re.findall(r"^    minicn (.*)$", README.split("## Train on")[1].split("\n## ")[0], re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["make-data", "check-data", "train"]
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        fewer = command.replace("1000", "1") + (" --batch-size 1 --pictures 0" if command.startswith("train") else "")
+        assert __main__.main(shlex.split(fewer)) == 0
+    assert (tmp_path / "runs" / "circles" / "diffusers" / "config.json").is_file()
 
 
 def test_the_file_guide_names_every_file_and_no_other():

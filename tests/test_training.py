@@ -1,0 +1,374 @@
+"""Training by a recipe: the regimes, shares of a batch, what is logged, what is kept, `minicn train`."""
+
+import contextlib
+import csv
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minicn import (
+    ControlNet,
+    StableDiffusion,
+    UNet,
+    UNetConfig,
+    __main__,
+    data,
+    files,
+    hub,
+    recording,
+    toy,
+    training,
+    weights,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def sd(dezero):
+    return tiny(dezero)
+
+
+def tiny(dezero):
+    """The toy with a U-Net a sixteenth as large, as if trained."""
+    toy_sd = StableDiffusion.load("toy")
+    torch.manual_seed(0)
+    unet = dezero(UNet(UNetConfig(model_channels=8, num_heads=2, context_dim=64, norm_num_groups=2)))
+    return StableDiffusion(unet, toy_sd.vae, toy_sd.text_encoder, toy_sd.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def examples(sd):
+    return training.Examples.from_scenes(sd, toy.scenes(6), "canny")
+
+
+def fresh(sd, seed=0):
+    torch.manual_seed(seed)
+    return ControlNet.from_unet(sd.unet, hint_channels=(4, 4, 8, 8))
+
+
+def train(sd, examples, folder, net=None, validation=None, every=100, **settings):
+    """Train in a folder and return the ControlNet."""
+    recipe = training.Recipe(**{"steps": 3, "lr": 1e-3} | settings)
+    run = recording.Run(folder, dataclasses.asdict(recipe))
+    run.prepare(False)
+    net = net or fresh(sd)
+    training.train(sd, net, examples, validation, run, recipe, score_every=every)
+    return net
+
+
+def distance(a, b):
+    """Relative distance of two models' parameters."""
+    a, b = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+# Regimes
+
+
+def test_middle_alone_leaves_the_twelve_others_untouched(sd, examples, tmp_path):
+    """Small-scale regime: the 12 zero convolutions are not computed and stay exactly zero; then the decoder reconnects."""
+    calls = []
+    net = fresh(sd)
+    for zero in net.zero_convs:
+        zero.register_forward_hook(lambda *_: calls.append(1))
+    train(sd, examples, tmp_path / "middle", net, connect="middle")
+    assert not calls
+    assert not any(p.any() for p in net.zero_convs.parameters())
+    assert net.middle_block_out[0].weight.any()
+    again = ControlNet.load(tmp_path / "middle" / "controlnet.safetensors", unet=sd.unet)
+    train(sd, examples, tmp_path / "all", again, connect="all")
+    assert all(zero[0].weight.any() for zero in again.zero_convs)
+
+
+def test_middle_alone_is_the_middle_residual_of_all(sd, examples):
+    """Only the middle's residual is added: what the U-Net gives with the twelve others at zero, bit for bit."""
+    net = fresh(sd)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.01)
+    batch = examples.batch(0, 1, 2, 0.0, torch.device("cpu"))
+    with torch.no_grad():
+        control = net(batch.latents, batch.hints, batch.timesteps, batch.context)
+        net.only_middle = True
+        alone = net(batch.latents, batch.hints, batch.timesteps, batch.context)
+        assert alone[:12] == [None] * 12
+        assert torch.equal(alone[12], control[12])
+        silent = [torch.zeros_like(c) for c in control[:12]]
+        a, b = (sd.unet(batch.latents, batch.timesteps, batch.context, c) for c in (alone, [*silent, control[12]]))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("unlock", ["none", "decoder", "all"])
+def test_unlocking_moves_what_it_says_and_nothing_else(examples, tmp_path, unlock, dezero):
+    """Large-scale regime: the decoder, or all, of the U-Net learns at its own rate; the whole is saved as one file."""
+    sd, before = tiny(dezero), tiny(dezero).unet.state_dict()
+    train(sd, examples, tmp_path, unlock=unlock, unlock_lr=1e-4)
+    moved = {key for key, tensor in sd.unet.state_dict().items() if not torch.equal(tensor, before[key])}
+    decoder = {key for key in before if key.startswith(("output_blocks.", "out."))}
+    assert moved == {"none": set(), "decoder": decoder, "all": set(before)}[unlock]
+    largest = max((sd.unet.state_dict()[key] - before[key]).abs().max().item() for key in before)
+    assert largest <= 3 * 1.1e-4
+    assert all(p.grad is None for p in sd.unet.parameters())
+    assert (tmp_path / "model.safetensors").is_file() == (unlock != "none")
+    if unlock != "none":
+        found = weights.contents(files.open_weights(tmp_path / "model.safetensors"))
+        assert set(found.parts) == {"unet", "vae", "text_encoder", "controlnet"}
+        whole = StableDiffusion.load(tmp_path / "model.safetensors", tokenizer=hub.TOY_BASE / "tokenizer")
+        assert torch.equal(whole.unet.out[2].weight, sd.unet.out[2].weight)
+        ControlNet.load(tmp_path / "model.safetensors", unet=whole.unet)
+
+
+# Shares of a batch
+
+
+def test_accumulation_gives_the_same_weights(sd, examples, tmp_path):
+    """A batch of 4 in one, two and four parts, up to rounding: relative distance at most 1e-6 of weights that moved 1e-3."""
+    one, two, four = (train(sd, examples, tmp_path / str(n), batch_size=4, accumulate=n) for n in (1, 2, 4))
+    start = fresh(sd)
+    moved = distance(one, start)
+    assert moved > 1e-3
+    # Adam divides by the gradient's size: where that is rounding alone, so is the step.
+    assert distance(two, one) < 0.02 * moved
+    assert distance(four, one) < 0.02 * moved
+
+
+def test_the_parts_of_a_batch_are_the_batch(examples):
+    """Sample i of step s is a function of (seed, s, i): shares of several processes, put together, are the whole."""
+    whole = examples.batch(3, 7, 6, 0.5, torch.device("cpu"))
+    parts = [examples.batch(3, 7, 6, 0.5, torch.device("cpu"), slice(i, i + 2)) for i in (0, 2, 4)]
+    for field in dataclasses.fields(whole):
+        joined = torch.cat([getattr(part, field.name) for part in parts])
+        assert torch.equal(joined, getattr(whole, field.name)), field.name
+
+
+@pytest.mark.parametrize("arguments", [["--accumulate", "3"], ["--accumulate", "8"]])
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, capsys, arguments):
+    __main__.main(["make-data", str(tmp_path / "data"), "--count", "2"])
+    command = ["train", "--model", "toy", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main([*command, "--steps", "1", "--pictures", "0", "--device", "cpu", *arguments])
+    assert stopped.value.code == 2
+    assert "a batch of 4 cannot be shared by 1 processes" in capsys.readouterr().err
+
+
+def _one_of_two(rank, folder, dezero):
+    """A process of its own, as torchrun starts them."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+    torch.set_num_threads(1)
+    model = tiny(dezero)
+    examples = training.Examples.from_scenes(model, toy.scenes(6), "canny")
+    recipe = training.Recipe(steps=3, lr=1e-3, batch_size=8, accumulate=2)
+    run = recording.Run(folder / "two", dataclasses.asdict(recipe))
+    if rank == 0:
+        run.prepare(False)
+    training.train(model, fresh(model), examples, None, run, recipe, score_every=1)
+
+
+def test_two_processes_give_the_weights_of_one(sd, examples, tmp_path, dezero):
+    """DDP over gloo, each process with two parts: the ControlNet of one process, up to rounding; one log."""
+    one = train(sd, examples, tmp_path / "one", batch_size=8, every=1)
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path, dezero), nprocs=2)
+    two = ControlNet.load(tmp_path / "two" / "controlnet.safetensors")
+    assert distance(two, one) < 0.02 * distance(one, fresh(sd))
+    logs = [list(csv.DictReader((tmp_path / n / "log.csv").read_text().splitlines())) for n in ("one", "two")]
+    assert [row["step"] for row in logs[1]] == ["0", "1", "2", "3"]
+    for a, b in zip(*(log[1:] for log in logs), strict=True):
+        assert abs(float(a["loss"]) - float(b["loss"])) <= 2e-5
+
+
+# Memory and precision
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(sd, examples, tmp_path):
+    """The same weights bit for bit, with fewer tensors kept for the way back."""
+    plain, again = (train(sd, examples, tmp_path / str(c), gradient_checkpointing=c) for c in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
+
+    def kept(checkpointing):
+        net, sizes = fresh(sd), []
+        net.gradient_checkpointing = sd.unet.gradient_checkpointing = checkpointing
+        batch = examples.batch(0, 1, 2, 0.5, torch.device("cpu"))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            training.controlnet_loss(sd.unet, net, batch, sd.alphas_cumprod)
+        sd.unet.gradient_checkpointing = False
+        return sum(sizes)
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+def test_autocast_keeps_the_weights_in_float32(sd, examples, tmp_path):
+    net = train(sd, examples, tmp_path, precision="bfloat16", steps=2)
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert distance(net, fresh(sd)) > 1e-4
+
+
+# What is seen
+
+
+def test_the_log_holds_what_changes(sd, examples, tmp_path):
+    """At step 0: sensitivity and zero convolutions 0, and the losses of the locked model; then they grow."""
+    held = [toy.scene(i, "test") for i in range(2)]
+    pictures = [s.image for s in held], [s.hint("canny") for s in held], [s.caption for s in held]
+    validation = recording.Validation(sd, *pictures, 3.0, num_steps=1)
+    train(sd, examples, tmp_path, validation=validation, every=4, steps=8)
+    rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["0", "4", "8"]
+    names = [f"zero_{i}" for i in range(12)] + ["zero_middle"]
+    assert all(float(rows[0][name]) == 0 for name in (*names, "sensitivity", "score"))
+    assert all(float(rows[2][name]) > float(rows[1][name]) > 0 for name in names)
+    assert float(rows[2]["sensitivity"]) > 0
+    quarters = [float(rows[0][f"loss_q{i}"]) for i in (1, 2, 3, 4)]
+    assert quarters == sorted(quarters, reverse=True)  # the less noise, the harder it is to tell it
+    assert Image.open(tmp_path / "sheet.png").size[0] == 5 * 132 - 4
+
+
+def test_nan_stops_with_step_and_samples(sd, examples, tmp_path):
+    """A loss that is no number ends the run at once, and says what to do; no checkpoint is spoilt."""
+    net = fresh(sd)
+    with torch.no_grad():
+        net.middle_block_out[0].bias[0] = float("nan")
+    with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(samples \d+, \d+, \d+, \d+\): lower --lr"):
+        train(sd, examples, tmp_path, net)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# Checkpoints
+
+
+def test_older_checkpoints_are_kept_and_used_if_the_newest_is_damaged(tmp_path):
+    run = recording.Run(tmp_path, {"steps": 9}, keep=2)
+    run.prepare(False)
+    for step in (1, 2, 3, 4):
+        run.save(step, {"net": torch.tensor(step)})
+    names = ["checkpoint-00000002.pt", "checkpoint-00000003.pt", "checkpoint.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == names
+    assert run.load()["step"] == 4
+    run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
+    assert run.load()["step"] == 3
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is damaged, and no older one is kept"):
+        run.load()
+
+
+def test_a_folder_serves_one_run_at_a_time(tmp_path):
+    first, second = recording.Run(tmp_path, {}), recording.Run(tmp_path, {})
+    first.prepare(False)
+    with pytest.raises(ValueError, match="is in use by another run"):
+        second.prepare(False)
+    first.release()
+    second.prepare(False)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
+    """Writing fails half way: the message says what to do, the old checkpoint loads, nothing half-written stays."""
+    run = recording.Run(tmp_path, {"steps": 9})
+    run.prepare(False)
+    run.save(1, {"net": torch.tensor(1)})
+
+    def full(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="cannot be written .*No space left.* --resume goes on from the checkpoint before"):
+            run.save(2, {"net": torch.tensor(2)})
+    assert run.load()["step"] == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "circles"
+    __main__.main(["make-data", str(path), "--count", "6"])
+    return path
+
+
+def command(folder, output, *more):
+    arguments = "train --model toy --steps 2 --batch-size 1 --pictures 1 --score-every 2 --checkpoint-every 1 --device cpu"
+    return __main__.main([*arguments.split(), "--data", str(folder), "--output", str(output), *more])
+
+
+def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys):
+    """Log, sheet, checkpoint, weights in both layouts; resuming after a kill gives the same weights bit for bit."""
+    assert command(folder, tmp_path / "whole") == 0
+    assert "Weights: " in capsys.readouterr().out
+    a = ControlNet.load(tmp_path / "whole" / "controlnet.safetensors")
+    b = ControlNet.load(tmp_path / "whole" / "diffusers")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert a.cfg.hint_channels == (16, 32, 96, 256)
+    assert Image.open(tmp_path / "whole" / "sheet.png").size[0] == 4 * 132 - 4
+    process = [sys.executable, "-m", "minicn", *"train --model toy --steps 2 --batch-size 1 --pictures 0".split()]
+    process += "--score-every 2 --checkpoint-every 1 --device cpu".split()
+    process += ["--data", str(folder), "--output", str(tmp_path / "killed")]
+    running = subprocess.Popen(process, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "checkpoint.pt").is_file() and running.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(0.01)
+    running.kill()
+    running.wait()
+    command(folder, tmp_path / "killed", "--resume", "--pictures", "0")
+    c = ControlNet.load(tmp_path / "killed" / "controlnet.safetensors")
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True))
+
+
+def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
+    """Hints in [0, 1], latents of the images, the folder's prompts."""
+    pairs = data.read_pairs(folder)
+    examples = training.Examples.from_pairs(sd, pairs, 128, batch_size=2)
+    batch = examples.batch(0, 1, 3, 0.0, torch.device("cpu"))
+    for i, sample in enumerate(batch.samples.tolist()):
+        hint, image = data.load_pair(pairs[sample], 128)
+        assert torch.equal(batch.hints[i], torch.from_numpy(hint.copy()).permute(2, 0, 1).float() / 255)
+        latents = sd.encode_images([Image.fromarray(image)])[0]
+        assert (batch.latents[i] - latents).abs().max() < 1e-4
+        assert torch.equal(batch.context[i], examples.contexts[examples.prompt[sample]])
+    assert not np.array_equal(batch.hints[0], batch.hints[1])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data", "{tmp}/none"], "none is no folder"),
+        (["--data", "{tmp}"], "holds no prompt.json"),
+        (["--data", "{tmp}/vanished"], "does not exist"),
+        (["--resolution", "100"], "must be a multiple of 8"),
+        (["--model", "{tmp}/none"], "is no file or folder"),
+        (["--controlnet", "{tmp}/none"], "is no file or folder"),
+        (["--resume"], "holds no checkpoint"),
+        (["--connect", "left"], "'left'"),
+        (["--output", "{tmp}/file/run"], "cannot be made"),
+    ],
+)
+def test_minicn_train_refuses_in_one_line(folder, tmp_path, capsys, more, words):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "vanished").mkdir()
+    (tmp_path / "vanished" / "prompt.json").write_text('{"source": "a.png", "target": "b.png", "prompt": "x"}')
+    with pytest.raises(SystemExit) as stopped:
+        command(folder, tmp_path / "out", *(argument.format(tmp=tmp_path) for argument in more))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in error.splitlines()[-1]
+    assert "Traceback" not in error
+
+
+def test_a_picture_that_vanishes_during_training_is_named(sd, folder, tmp_path):
+    __main__.main(["make-data", str(tmp_path / "data"), "--count", "2"])
+    pairs = data.read_pairs(tmp_path / "data")
+    examples = training.Examples.from_pairs(sd, pairs, 128)
+    for pair in pairs:
+        pair.hint.unlink()
+    with pytest.raises(FileNotFoundError, match=r"source/\d\.png does not exist"):
+        train(sd, examples, tmp_path / "run")
