@@ -159,12 +159,11 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, capsys, arguments):
     assert "a batch of 4 cannot be shared by 1 processes" in capsys.readouterr().err
 
 
-def _one_of_two(rank, folder, dezero):
+def _one_of_two(rank, folder, dezero, examples):
     """A process of its own, as torchrun starts them."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
     torch.set_num_threads(1)
     model = tiny(dezero)
-    examples = training.Examples.from_scenes(model, toy.scenes(6), "canny")
     recipe = training.Recipe(steps=3, lr=1e-3, batch_size=8, accumulate=2)
     run = recording.Run(folder / "two", dataclasses.asdict(recipe))
     if rank == 0:
@@ -175,7 +174,7 @@ def _one_of_two(rank, folder, dezero):
 def test_two_processes_give_the_weights_of_one(sd, examples, tmp_path, dezero):
     """DDP over gloo, each process with two parts: the ControlNet of one process, up to rounding; one log."""
     one = train(sd, examples, tmp_path / "one", batch_size=8, every=1)
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path, dezero), nprocs=2)
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path, dezero, examples), nprocs=2)
     two = ControlNet.load(tmp_path / "two" / "controlnet.safetensors")
     assert distance(two, one) < 0.02 * distance(one, fresh(sd))
     logs = [list(csv.DictReader((tmp_path / n / "log.csv").read_text().splitlines())) for n in ("one", "two")]
@@ -218,9 +217,9 @@ def test_the_log_holds_what_changes(sd, examples, tmp_path):
     held = [toy.scene(i, "test") for i in range(2)]
     pictures = [s.image for s in held], [s.hint("canny") for s in held], [s.caption for s in held]
     validation = recording.Validation(sd, *pictures, 3.0, num_steps=1)
-    train(sd, examples, tmp_path, validation=validation, every=4, steps=8)
+    train(sd, examples, tmp_path, validation=validation, every=3, steps=6)
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
-    assert [row["step"] for row in rows] == ["0", "4", "8"]
+    assert [row["step"] for row in rows] == ["0", "3", "6"]
     names = [f"zero_{i}" for i in range(12)] + ["zero_middle"]
     assert all(float(rows[0][name]) == 0 for name in (*names, "sensitivity", "score"))
     assert all(float(rows[2][name]) > float(rows[1][name]) > 0 for name in names)
@@ -297,8 +296,9 @@ def folder(tmp_path_factory):
 
 
 def command(folder, output, *more):
-    arguments = "train --model toy --steps 2 --batch-size 1 --pictures 1 --score-every 2 --checkpoint-every 1 --device cpu"
-    return __main__.main([*arguments.split(), "--data", str(folder), "--output", str(output), *more])
+    arguments = "train --model toy --steps 2 --batch-size 1 --pictures 1".split()
+    arguments += "--score-every 2 --checkpoint-every 1 --resolution 64 --device cpu".split()
+    return __main__.main([*arguments, "--data", str(folder), "--output", str(output), *more])
 
 
 def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys):
@@ -309,9 +309,9 @@ def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys):
     b = ControlNet.load(tmp_path / "whole" / "diffusers")
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert a.cfg.hint_channels == (16, 32, 96, 256)
-    assert Image.open(tmp_path / "whole" / "sheet.png").size[0] == 4 * 132 - 4
+    assert Image.open(tmp_path / "whole" / "sheet.png").size[0] == 4 * 68 - 4
     process = [sys.executable, "-m", "minicn", *"train --model toy --steps 2 --batch-size 1 --pictures 0".split()]
-    process += "--score-every 2 --checkpoint-every 1 --device cpu".split()
+    process += "--score-every 2 --checkpoint-every 1 --resolution 64 --device cpu".split()
     process += ["--data", str(folder), "--output", str(tmp_path / "killed")]
     running = subprocess.Popen(process, cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint.pt").is_file() and running.poll() is None:
