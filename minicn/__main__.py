@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -324,8 +326,13 @@ def check_output(path: Path) -> None:
     """Raise ValueError, before any work, for a picture that could not be written afterwards."""
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: name a file in it, as {path / 'out.png'}")
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output {path} has no ending of a picture: name it .png or .jpg")
+    form = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), form or "none")
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"output {path} has no ending of a picture that can be written: name it .png or .jpg") from error
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"output {path} exists and must not be written: name another file")
     if not path.parent.is_dir():
         raise ValueError(f"output {path} lies in no existing folder: make {path.parent} first")
     cli.check_folder(path.parent)

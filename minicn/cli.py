@@ -12,9 +12,16 @@ from pathlib import Path
 import torch
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} ({self.prog} --help lists all options)\n")
+
+
 def parser(**settings) -> argparse.ArgumentParser:
     """Return an argument parser whose help shows every default."""
-    return argparse.ArgumentParser(formatter_class=Formatter, **settings)
+    return Parser(formatter_class=Formatter, **settings)
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

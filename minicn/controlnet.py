@@ -150,14 +150,15 @@ class ControlNet(nn.Module):
             shape = unet.cfg
         else:
             shape = UNetConfig(**weights.fields_of(found, "controlnet"))
+        hints = weights.written(found).get("hints", {})
         paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
         cfg = ControlNetConfig(
             shape,
             hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
             paper_hint_encoder=paper,
-            # Compat: nothing in a single file tells, so the field goes by the name.
-            global_pool=config.get("global_pool_conditions", "shuffle" in path.name),
-            bgr=config.get("controlnet_conditioning_channel_order", "rgb") == "bgr",
+            # Compat: nothing in a published single file tells, so the field goes by the name.
+            global_pool=config.get("global_pool_conditions", hints.get("global_pool", "shuffle" in path.name)),
+            bgr=config.get("controlnet_conditioning_channel_order", "bgr" if hints.get("bgr") else "rgb") == "bgr",
         )
         if unet is not None and unet.cfg != cfg.unet:
             raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
@@ -179,7 +180,8 @@ class ControlNet(nn.Module):
         state = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.state_dict().items()}
         if layout == "ldm":
             state = {weights.PREFIXES["controlnet"] + key: tensor for key, tensor in state.items()}
-            files.write(path, state, {"minicn": weights.metadata({"controlnet": asdict(self.cfg.unet)})})
+            hints = {"global_pool": self.cfg.global_pool, "bgr": self.cfg.bgr}
+            files.write(path, state, {"minicn": weights.metadata({"controlnet": asdict(self.cfg.unet), "hints": hints})})
         elif layout == "diffusers":
             if self.cfg.paper_hint_encoder:
                 raise ValueError('diffusers has no place for the hint encoder of the paper: save with layout "ldm"')

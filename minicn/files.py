@@ -135,9 +135,13 @@ def _open_pickle(path: Path) -> WeightFile:
         except Exception as error:  # whatever a crafted or cut file makes PyTorch's reader raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{path} is no whole PyTorch file ({reason}): fetch it again") from error
-    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for _ in range(8):  # a file may hold itself
+        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+            content = content["state_dict"]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    for key, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            raise ValueError(f"{path}: {key} is no plain tensor ({tensor.layout}, {tensor.device}): save it as one")
     if not tensors:
         raise ValueError(f"{path} holds no dictionary of tensors: name a file of weights")
     shapes = {str(key): tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -260,7 +264,7 @@ def read_json(path: str | Path) -> dict:
         raise FileNotFoundError(f"{path} does not exist: a diffusers folder holds it")
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no configuration: it holds no names and values")

@@ -51,7 +51,7 @@ def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False
     hub = _hub(repository)
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=only_cached))
-    except (OSError, ValueError) as error:  # huggingface_hub's errors are OSErrors or ValueErrors
+    except Exception as error:  # the library's own, or those of whatever it reads the network with
         raise FileNotFoundError(_not_had(repository, error)) from error
 
 
@@ -60,7 +60,7 @@ def fetch_file(repository: str, name: str) -> Path:
     hub = _hub(f"{repository}/{name}")
     try:
         return Path(hub.hf_hub_download(repository, name))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise FileNotFoundError(_not_had(f"{repository}/{name}", error)) from error
 
 

@@ -3,6 +3,7 @@
 Source: Rombach et al., arXiv:2112.10752; with a ControlNet, Zhang and Agrawala, arXiv:2302.05543v1.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from minicn import conditions, ddim, files, hub, weights
 from minicn.clip import TextConfig, TextEncoder
 from minicn.controlnet import ControlNet, check_hint
 from minicn.tokenizer import Tokenizer
-from minicn.unet import TextKeys, UNet, UNetConfig, embed_timesteps
+from minicn.unet import TextKeys, UNet, UNetConfig, add, embed_timesteps
 from minicn.vae import VAE, VAEConfig
 
 MODELS = {  # kind: model class, config class, our fields from its config.json, names of the file of its weights
@@ -56,9 +57,14 @@ def load_model(
         raise ValueError(f"{found.file.path} holds no {weights.WORDS[kind]}, only: {held}")
     keys = found.parts[kind]
     if kind == "unet" and found.ema:
+        lost = [key for key in keys if key not in found.ema]
+        if ema and lost:
+            raise ValueError(
+                f"{found.file.path} holds the moving average of a part only ({lost[0]} is missing): leave out ema"
+            )
         using, other = ("the moving average", "training's last") if ema else ("training's last", "the moving average")
         warnings.warn(f"{found.file.path} holds the U-Net twice: {using} weights are used, not {other} (ema)", stacklevel=3)
-        keys = keys | found.ema if ema else keys
+        keys = found.ema if ema else keys
     elif kind == "unet" and ema:
         raise ValueError(f"{found.file.path} holds no moving average of the weights: leave out ema")
     try:
@@ -125,6 +131,11 @@ class StableDiffusion:
                 continue
             precision = vae_dtype or dtype if kind == "vae" else dtype
             models[kind] = load_model(kind, found or path / kind, precision, device, variant, ema and kind == "unet")
+        size = models["text_encoder"].cfg.vocab_size
+        if not all(isinstance(i, int) and 0 <= i < size for i in words.vocab.values()):
+            raise ValueError(
+                f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: give its own one"
+            )
         return cls(**models, tokenizer=words)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, layout: str = "diffusers") -> None:
@@ -202,7 +213,17 @@ class StableDiffusion:
         """Return scaled latents (B, 4, h, w) of pictures of one size: the means."""
         pixels = torch.from_numpy(np.stack([np.asarray(conditions.to_rgb(image)) for image in images]))
         pixels = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, self.vae_dtype)
-        return self.vae.encode(pixels)[0].float() * self.vae.cfg.scaling_factor
+        latents = self.vae.encode(pixels)[0].float() * self.vae.cfg.scaling_factor
+        self.check_vae(latents)
+        return latents
+
+    def check_vae(self, result: Tensor) -> None:
+        """Raise ValueError, with the remedy, if the autoencoder's numbers overflowed."""
+        if not torch.isfinite(result).all():
+            remedy = "load it in float32 (vae_dtype, --vae-dtype float32)"
+            if self.vae_dtype == torch.float32:
+                remedy = "its weights are damaged, or not an autoencoder's of Stable Diffusion 1.5"
+            raise ValueError(f"the autoencoder gave NaN in {self.vae_dtype}: {remedy}")
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -211,10 +232,7 @@ class StableDiffusion:
         Raises ValueError if the autoencoder's numbers overflow.
         """
         images = self.vae.decode(latents.to(self.vae_dtype).contiguous() / self.vae.cfg.scaling_factor).float()
-        if not torch.isfinite(images).all():
-            raise ValueError(
-                f"the autoencoder gave NaN in {self.vae_dtype}: load it in float32 (vae_dtype, --vae-dtype float32)"
-            )
+        self.check_vae(images)
         pixels = (images / 2 + 0.5).clamp(0, 1).mul(255).round().byte()  # diffusers rounds; ldm cuts off
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -313,7 +331,8 @@ class StableDiffusion:
                 x = torch.where(drawn, x, ddim.add_noise(x_0, noise, abar_s) if i + 1 < num_steps else x_0)
             if not torch.isfinite(x).all():
                 raise ValueError(
-                    f"step {i + 1} of {num_steps} (t = {steps[i]}) gave NaN in {self.dtype}: use float32 (dtype, --dtype)"
+                    f"step {i + 1} of {num_steps} (t = {steps[i]}) gave NaN in {self.dtype}: "
+                    + ("the weights are damaged" if self.dtype == torch.float32 else "use float32 (dtype, --dtype)")
                 )
         pictures = self.decode_latents(x)
         return pictures if mask is None else [Image.composite(picture, keep[0], keep[1]) for picture in pictures]
@@ -378,7 +397,7 @@ class Control:
 def total(controls: list[list[Tensor]]) -> list[Tensor]:
     """Add the residuals of several ControlNets."""
     columns = [[c for c in residuals if c is not None] for residuals in zip(*controls, strict=True)]
-    return [sum(column[1:], column[0]) if column else None for column in columns]
+    return [functools.reduce(add, column) if column else None for column in columns]
 
 
 def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[float]]:

@@ -256,12 +256,9 @@ def fields_of(found: Contents, kind: str) -> dict:
     Heads and groups leave no trace in the shapes: they are Stable Diffusion 1.5's unless the file says otherwise.
     Raises ValueError, naming the tensor, where the structure is another one.
     """
-    written = found.file.metadata.get("minicn")
-    if written:
-        try:
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(written)[kind].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{found.file.path} has metadata of minicn that cannot be read ({error!r})") from error
+    own = written(found).get(kind)
+    if own is not None:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
     shapes = found.shapes(kind)
 
     def size(key: str, dim: int) -> int:
@@ -296,6 +293,17 @@ def fields_of(found: Contents, kind: str) -> dict:
         "channel_mult": tuple(width // base for width in widths),
         "context_dim": size("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 1),
     }
+
+
+def written(found: Contents) -> dict[str, dict]:
+    """Return what minicn wrote into a file's metadata; {} if it did not. Raises ValueError if that cannot be read."""
+    try:
+        content = json.loads(found.file.metadata.get("minicn", "{}"))
+        if all(isinstance(value, dict) for value in content.values()):
+            return content
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{found.file.path} has metadata of minicn that cannot be read: fetch or convert it again")
 
 
 def metadata(configs: dict[str, dict]) -> str:
@@ -398,7 +406,7 @@ def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tupl
     """Return, largest first, the tensors in which a part of a file differs from a model, as ||a - b|| / ||b||."""
     own, different = model.state_dict(), []
     for name, key in found.parts[kind].items():
-        a, b = found.file.get(key).float(), own[name].float().cpu()
+        a, b = found.file.get(key).to(own[name].dtype).float(), own[name].float().cpu()  # as the model rounds it
         a = a.view(b.shape)
         if not torch.equal(a, b):
             different.append((name, ((a - b).norm() / b.norm().clamp(min=1e-12)).item()))
@@ -502,8 +510,8 @@ def controlnet_config(cfg) -> dict:
         _class_name="ControlNetModel",
         conditioning_channels=3,
         conditioning_embedding_out_channels=list(cfg.hint_channels),
-        controlnet_conditioning_channel_order="rgb",
-        global_pool_conditions=False,
+        controlnet_conditioning_channel_order="bgr" if cfg.bgr else "rgb",
+        global_pool_conditions=cfg.global_pool,
     )
 
 

@@ -1,5 +1,6 @@
 """Generating like the field's tools: several ControlNets, guess mode, images and masks, prompts, and the shortcuts."""
 
+import dataclasses
 import json
 import warnings
 
@@ -153,6 +154,17 @@ def test_guess_mode_controls_the_conditional_half_with_falling_scales(sd, net, h
         assert (mine[1] - want).norm() <= 1e-5 * want.norm()
 
 
+def test_nets_of_one_half_and_of_both_add_for_several_pictures(sd, net, hint):
+    """A ControlNet averaged over all positions controls one half; beside another, and for two pictures, too."""
+    averaged = ControlNet(dataclasses.replace(net.cfg, global_pool=True)).eval()
+    averaged.load_state_dict(net.state_dict())
+    images = draw(sd, hint=[hint, hint], controlnet=[net, averaged], num_images=2)
+    again = draw(sd, hint=[hint, hint], controlnet=[averaged, net], num_images=2)
+    assert abs(images - again).max() <= 1
+    [first] = draw(sd, hint=[hint, hint], controlnet=[net, averaged])
+    assert abs(images[0] - first).max() <= 1
+
+
 def test_guess_mode_without_guidance_scales_all(sd, net, hint):
     """Guidance off leaves one half; it is controlled."""
     plain = draw(sd, hint=hint, controlnet=net, guidance_scale=1.0)
@@ -214,12 +226,15 @@ def test_nan_names_step_and_remedy(sd):
     broken = StableDiffusion.load("toy")
     with torch.no_grad():
         broken.unet.out[2].bias[0] = float("nan")
-    with pytest.raises(ValueError, match=r"step 1 of 3 \(t = 667\) gave NaN in torch\.float32: use float32"):
+    with pytest.raises(ValueError, match=r"step 1 of 3 \(t = 667\) gave NaN in torch\.float32: the weights are damaged"):
         draw(broken)
     broken = StableDiffusion.load("toy")
     with torch.no_grad():
         broken.vae.decoder.conv_out.bias[0] = float("inf")
-    with pytest.raises(ValueError, match="autoencoder gave NaN .* --vae-dtype float32"):
+    with pytest.raises(ValueError, match="autoencoder gave NaN in torch.float32: its weights are damaged"):
+        draw(broken)
+    broken.vae.bfloat16()
+    with pytest.raises(ValueError, match="autoencoder gave NaN in torch.bfloat16: .* --vae-dtype float32"):
         draw(broken)
 
 

@@ -1,5 +1,6 @@
 """Every published layout of weights loads, and gives the model that was written; what is something else is named."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -351,6 +352,40 @@ def test_shuffle_and_bgr_are_read_from_name_and_configuration(sd, net, tmp_path)
     with torch.no_grad():
         for a, b in zip(bgr(x, hint, t, context), plain(x, hint.flip(1), t, context), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["ldm", "diffusers"])
+def test_shuffle_and_bgr_survive_saving(sd, net, tmp_path, layout):
+    """What was read from a name or a configuration is written, too."""
+    odd = ControlNet(dataclasses.replace(net.cfg, global_pool=True, bgr=True))
+    path = tmp_path / ("odd.safetensors" if layout == "ldm" else "odd")
+    odd.save(path, layout=layout)
+    assert ControlNet.load(path, unet=sd.unet).cfg == odd.cfg
+
+
+def test_a_tokenizer_of_another_model_is_refused(sd, tmp_path):
+    sd.save(tmp_path / "sd")
+    Tokenizer.from_merges([*sd.tokenizer.merges, ("q", "x")]).save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"its text encoder knows \d+ tokens, but the tokenizer gives others"):
+        StableDiffusion.load(tmp_path / "sd", tokenizer=tmp_path / "other")
+
+
+def test_a_moving_average_of_a_part_is_refused(sd, ldm, tmp_path):
+    some = {"model_ema.diffusion_modelout2bias": torch.zeros(4)}
+    safetensors.torch.save_file(ldm | some, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match="holds the moving average of a part only"):
+        StableDiffusion.load(tmp_path / "part.safetensors", tokenizer=TOKENIZER, ema=True)
+
+
+def test_odd_contents_of_pickles_are_refused(tmp_path):
+    """A file that holds itself, and tensors that are none in memory."""
+    itself = {}
+    itself["state_dict"] = itself
+    torch.save(itself, tmp_path / "itself.pth")
+    torch.save({"zero_convs.0.0.weight": torch.eye(3).to_sparse()}, tmp_path / "sparse.pth")
+    for name, words in (("itself", "holds no dictionary of tensors"), ("sparse", "is no plain tensor")):
+        with pytest.raises(ValueError, match=words):
+            ControlNet.load(tmp_path / f"{name}.pth")
 
 
 # What is something else

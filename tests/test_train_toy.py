@@ -236,6 +236,7 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
         (["--output", "{tmp}"], "is a folder"),
         (["--output", "{tmp}/none/out.png"], "no existing folder"),
         (["--output", "{tmp}/out.xyz"], "no ending of a picture"),
+        (["--output", "{tmp}/out.psd"], "no ending of a picture"),
         (["--output", "{tmp}/out.png", "--num-steps", "0"], "1 to 1000"),
         (["--output", "{tmp}/out.png", "--seed", "-1"], "0 to"),
         (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no file or folder"),
@@ -263,7 +264,7 @@ def test_minicn_generate_refuses_in_one_line(tmp_path, capsys, arguments, words)
 
 
 def test_python_m_minicn_is_the_command():
-    """`python -m minicn` answers, with a usage line and status 2 when nothing is asked."""
+    """`python -m minicn` answers, with one line and status 2 when nothing is asked."""
     done = subprocess.run([sys.executable, "-m", "minicn"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "usage: minicn" in done.stderr
+    assert done.stderr == "error: the following arguments are required: COMMAND (minicn --help lists all options)\n"
