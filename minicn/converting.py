@@ -3,6 +3,7 @@
 Source of the transfer: the arithmetic of the official tool_transfer_control, copy + new base - old base.
 """
 
+import collections
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from minicn import files, hub, weights
 from minicn.controlnet import ControlNet
 from minicn.pipeline import MODELS, StableDiffusion, load_model
+from minicn.tokenizer import Tokenizer
 
 KINDS = ("model", "controlnet", "unet", "vae")
 
@@ -29,7 +31,7 @@ def describe(source: str | Path) -> Iterator[str]:
     """Yield lines that say what a file or folder holds, from its headers alone."""
     path = hub.resolve(source)
     for found in open_contents(path):
-        yield f"{found.file.path}: {found.layout}"
+        yield f"{found.file.path}: {found.layout}, {found.file.container}"
         for kind, keys in found.parts.items():
             yield "  " + _row(weights.WORDS[kind], found, keys)
         if found.ema:
@@ -106,26 +108,50 @@ def convert(
     if absent:
         held = ", ".join(weights.WORDS[kind] for kind in kinds)
         raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {held}")
-    own_dtype = getattr(torch, next(iter(found[0].file.dtypes.values())))
-    keep = dtype or (own_dtype if own_dtype.is_floating_point else torch.float32)
     if transfer_to is not None and part != "controlnet":
-        raise ValueError(f"--transfer-to moves a ControlNet, but {path} is to give its {weights.WORDS.get(part, part)}")
-    if part == "model":
-        sd = StableDiffusion.load(path, dtype=keep, tokenizer=tokenizer, variant=variant, ema=ema)
-        sd.save(destination, layout=layout)
-    elif part == "controlnet":
+        raise ValueError(
+            f"--transfer-to moves a ControlNet, but {path} is to give its {weights.WORDS.get(part, 'whole model')}"
+        )
+    if transfer_from is not None and transfer_to is None:
+        raise ValueError("--transfer-from says where from, but --transfer-to is missing: where to?")
+    held = {kind: contents for contents in found for kind in contents.parts}
+    keep = {kind: dtype or precision(held[kind], kind) for kind in (MODELS if part == "model" else (part,))}
+    if part == "controlnet":
         base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
-        net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else keep, variant=variant)
+        own = keep[part]
+        net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else own, variant=variant)
         weights.check_finite(net)
         if transfer_to is not None:
+            if transfer_from is None and "unet" not in held:
+                raise ValueError(f"{path} holds no U-Net: name the base that it was trained on (--transfer-from)")
             transfer(net, _unet(hub.resolve(transfer_to)), _unet(hub.resolve(transfer_from) if transfer_from else path))
-        net.save(destination, layout=layout, dtype=keep)
+        net.save(destination, layout=layout, dtype=own)
     else:
-        contents = next(c for c in found if part in c.parts)
-        at = path / part if (path / part).is_dir() else path
-        model = load_model(part, at if at.is_dir() else contents, keep, variant=variant, ema=ema)
-        save_model(part, model, destination, layout)
-    return f"{destination}: {weights.WORDS.get(part, 'whole model')}, layout {layout}, {str(keep).removeprefix('torch.')}"
+        models = {}
+        for kind, own in keep.items():
+            at = path / kind if (path / kind).is_dir() else path
+            models[kind] = load_model(
+                kind, at if at.is_dir() else held[kind], own, variant=variant, ema=ema and kind == "unet"
+            )
+            weights.check_finite(models[kind])
+        if part == "model":
+            words = None
+            if layout == "diffusers":  # a single file has no place for it
+                words = Tokenizer.load(tokenizer or (path / "tokenizer" if path.is_dir() else hub.default_tokenizer()))
+            StableDiffusion(**models, tokenizer=words).save(destination, layout=layout)
+        else:
+            save_model(part, models[part], destination, layout)
+    kinds_of = " and ".join(sorted({str(own).removeprefix("torch.") for own in keep.values()}))
+    return f"{destination}: {weights.WORDS.get(part, 'whole model')}, layout {layout}, {kinds_of}"
+
+
+def precision(found: weights.Contents, kind: str) -> torch.dtype:
+    """Return the precision in which most numbers of a model are stored."""
+    counts = collections.Counter()
+    for key in found.parts[kind].values():
+        counts[found.file.dtypes[key]] += torch.Size(found.file.shapes[key]).numel()
+    common = getattr(torch, counts.most_common(1)[0][0])
+    return common if common.is_floating_point else torch.float32
 
 
 def save_model(kind: str, model: torch.nn.Module, destination: Path, layout: str) -> None:

@@ -29,7 +29,10 @@ class WeightFile:
     shapes    key: shape, of every tensor
     dtypes    key: "float32", "float16", ...
     metadata  strings that a .safetensors file may carry
+    container in words, for people
     """
+
+    container = "safetensors"
 
     def __init__(self, path: Path, get: Callable[[str], Tensor], shapes: dict, dtypes: dict, metadata: dict | None = None):
         self.path, self.get, self.shapes, self.dtypes, self.metadata = path, get, shapes, dtypes, metadata or {}
@@ -146,7 +149,9 @@ def _open_pickle(path: Path) -> WeightFile:
         raise ValueError(f"{path} holds no dictionary of tensors: name a file of weights")
     shapes = {str(key): tuple(tensor.shape) for key, tensor in tensors.items()}
     dtypes = {str(key): str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
-    return WeightFile(path, tensors.__getitem__, shapes, dtypes)
+    opened = WeightFile(path, tensors.__getitem__, shapes, dtypes)
+    opened.container = "PyTorch's zip" if zipped else "PyTorch's old container"
+    return opened
 
 
 def _inert_pickle() -> types.SimpleNamespace:

@@ -178,7 +178,9 @@ def contents(file: WeightFile) -> Contents:
         else:
             other += 1
     if parts:
-        layout = "ldm checkpoint" if "unet" in parts else "ldm files of single models"
+        whole = "ldm checkpoint" if "unet" in parts else "ldm"
+        layout = f"{whole} with ControlNet (v1.0)" if {"unet", "controlnet"} <= parts.keys() else whole
+        layout = "ldm ControlNet (v1.1)" if parts.keys() == {"controlnet"} else layout
     else:
         kind = next((kind for kind, marks in MARKS.items() if any(mark in names for mark in marks)), None)
         if kind is None:
@@ -189,7 +191,7 @@ def contents(file: WeightFile) -> Contents:
         ignored = {name for name in names if name.startswith(("loss.", "model_ema.")) or name == "difference"}
         parts[kind] = {own_name(kind, name): key for name, key in names.items() if name not in ignored}
         new = any(own != name for own, name in zip(parts[kind], (n for n in names if n not in ignored), strict=True))
-        layout, other = ("diffusers" if new and kind != "text_encoder" else "ldm, without a prefix"), len(ignored)
+        layout, other = ("diffusers" if new or kind == "text_encoder" else "ldm, without a prefix"), len(ignored)
     for keys in parts.values():
         keys.pop("text_model.embeddings.position_ids", None)  # a buffer that old files hold: 0, 1, 2, ...
     ema = {own: flat[own.replace(".", "")] for own in parts.get("unet", {}) if own.replace(".", "") in flat}

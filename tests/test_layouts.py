@@ -641,13 +641,32 @@ def test_transfer_adds_the_difference_of_the_bases(sd, net, tmp_path):
         assert torch.equal(moved[key], want), key
 
 
+def test_convert_keeps_each_models_own_precision(sd, tmp_path):
+    """An fp16 U-Net beside float32 others stays so; nothing is said or rounded that was not asked for."""
+    sd.save(tmp_path / "sd")
+    rewrite(tmp_path / "sd" / UNET_FILE, lambda state: {key: tensor.half() for key, tensor in state.items()})
+    said = converting.convert(tmp_path / "sd", tmp_path / "one.safetensors", "ldm")
+    assert said.endswith("layout ldm, float16 and float32")
+    dtypes = files.open_weights(tmp_path / "one.safetensors").dtypes
+    for prefix, dtype in (("model.", "float16"), ("first_stage_model.", "float32"), ("cond_stage_model.", "float32")):
+        assert {d for key, d in dtypes.items() if key.startswith(prefix)} == {dtype}
+
+
+def test_transfer_needs_both_bases(net, tmp_path):
+    net.save(tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="holds no U-Net: name the base .*--transfer-from"):
+        converting.convert(tmp_path / "net.safetensors", tmp_path / "x.safetensors", "ldm", transfer_to="toy")
+    with pytest.raises(ValueError, match="--transfer-to is missing"):
+        converting.convert(tmp_path / "net.safetensors", tmp_path / "x.safetensors", "ldm", transfer_from="toy")
+
+
 def test_inspect_says_what_is_inside(sd, net, ldm, tmp_path):
     """Layout, models, number of tensors, parameters, precision, size; without reading the tensors."""
     flat = {"model_ema.diffusion_model" + key.replace(".", ""): t.clone() for key, t in sd.unet.state_dict().items()}
     safetensors.torch.save_file(ldm | flat | control(net), tmp_path / "all.safetensors")
     lines = list(converting.describe(tmp_path / "all.safetensors"))
     parameters = sum(p.numel() for p in sd.unet.parameters())
-    assert lines[0].endswith("all.safetensors: ldm checkpoint")
+    assert lines[0].endswith("all.safetensors: ldm checkpoint with ControlNet (v1.0), safetensors")
     assert f"  U-Net: 686 tensors, {parameters:,} parameters, float32, {parameters * 4 / 1e6:,.1f} MB" in lines
     assert any(line.startswith("  ControlNet: 340 tensors") for line in lines)
     assert any(line.startswith("  U-Net, moving average: 686 tensors") for line in lines)
