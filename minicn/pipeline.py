@@ -116,6 +116,9 @@ class StableDiffusion:
         if path.is_dir():
             if not (path / "unet").is_dir():
                 raise FileNotFoundError(f"{path} holds no unet/: name a diffusers folder of a whole Stable Diffusion")
+            scheduler = path / "scheduler" / "scheduler_config.json"
+            if scheduler.is_file():
+                weights.check_fixed(files.read_json(scheduler), scheduler)
         else:
             found = weights.contents(files.open_weights(path))
             missing = [weights.WORDS[kind] for kind in MODELS if kind not in found.parts and not (kind == "vae" and vae)]

@@ -7,6 +7,7 @@ our names to the file's. Nothing here imports a model class: a model gives its k
 
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -468,22 +469,60 @@ def _whole(widths: object) -> bool:
     return isinstance(widths, list) and bool(widths) and all(isinstance(w, int) and w > 0 for w in widths)
 
 
+FIXED = {  # settings of other models' configurations, with Stable Diffusion 1.5's values
+    "act_fn": "silu",
+    "hidden_act": "quick_gelu",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "prediction_type": "epsilon",
+}
+
+
+def check_fixed(config: dict, source: str | Path) -> None:
+    """Raise ValueError for a configuration that asks for what Stable Diffusion 1.5 does not do."""
+    for name, value in FIXED.items():
+        if config.get(name, value) not in (value, None):
+            raise ValueError(f"{source} wants {name} {config[name]!r}, but minicn runs Stable Diffusion 1.5 ({value!r})")
+
+
+def check_heads(heads: object, widths: list[int], source: str | Path) -> None:
+    """Raise ValueError unless a number of heads divides every width."""
+    if not isinstance(heads, int) or heads < 1 or any(width % heads for width in widths):
+        raise ValueError(f"{source} has {heads!r} attention heads, but a whole number that divides {widths} is needed")
+
+
 def vae_fields(config: dict, source: str | Path) -> dict:
     """Return the fields of VAEConfig from a diffusers configuration."""
-    return fields_from_config(VAE_FIELDS, config, source)
+    check_fixed(config, source)
+    found = fields_from_config(VAE_FIELDS, config, source)
+    factor = found["scaling_factor"]
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ValueError(f"{source} has scaling_factor {factor!r}, but a number above 0 is needed (0.18215)")
+    return found
 
 
 def text_fields(config: dict, source: str | Path) -> dict:
     """Return the fields of TextConfig from a transformers configuration, old ones of CLIP's two towers, too."""
-    return fields_from_config(TEXT_FIELDS, config.get("text_config") or config, source)
+    config = config.get("text_config") or config
+    check_fixed(config, source)
+    found = fields_from_config(TEXT_FIELDS, config, source)
+    check_heads(found["num_heads"], [found["hidden_size"]], source)
+    return found
 
 
 def unet_fields(config: dict, source: str | Path) -> dict:
     """Return the fields of UNetConfig from a diffusers configuration of a U-Net or a ControlNet."""
+    check_fixed(config, source)
     found = fields_from_config(UNET_FIELDS, config, source)
     widths = config.get("block_out_channels")
     if not _whole(widths) or any(width % widths[0] for width in widths):
         raise ValueError(f"{source} has block_out_channels {widths}, but each must be a multiple of the first")
+    check_heads(found["num_heads"], widths, source)
     return {**found, "model_channels": widths[0], "channel_mult": tuple(width // widths[0] for width in widths)}
 
 

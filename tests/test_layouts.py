@@ -575,12 +575,28 @@ def test_an_index_of_shards_stays_in_its_folder(sd, tmp_path, content):
         StableDiffusion.load(tmp_path)
 
 
-@pytest.mark.parametrize("config", [{"block_out_channels": "wide"}, {"cross_attention_dim": None}, {"layers_per_block": -1}])
-def test_a_broken_configuration_is_named(sd, tmp_path, config):
+@pytest.mark.parametrize(
+    ("part", "config"),
+    [
+        ("unet", {"block_out_channels": "wide"}),
+        ("unet", {"cross_attention_dim": None}),
+        ("unet", {"layers_per_block": -1}),
+        ("unet", {"attention_head_dim": 0}),
+        ("unet", {"attention_head_dim": [8, 8, 8, 8]}),
+        ("unet", {"attention_head_dim": 7}),
+        ("unet", {"class_embed_type": "timestep"}),
+        ("text_encoder", {"num_attention_heads": 7}),
+        ("text_encoder", {"hidden_act": "gelu"}),
+        ("vae", {"scaling_factor": 0}),
+        ("scheduler", {"prediction_type": "v_prediction"}),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_named(sd, tmp_path, part, config):
+    """Broken ones, and those of other models: the file and the setting are named."""
     sd.save(tmp_path)
-    path = tmp_path / "unet" / "config.json"
+    path = tmp_path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    with pytest.raises(ValueError, match=r"unet"):
+    with pytest.raises(ValueError, match=rf"{part}.*"):
         StableDiffusion.load(tmp_path)
 
 
