@@ -206,6 +206,7 @@ def generate(args: argparse.Namespace) -> None:
         information = PngInfo()
         information.add_text("minicn", json.dumps(record | {"index": i}, default=str))
         image.save(path, **({"pnginfo": information} if path.suffix.lower() == ".png" else {}))
+        print(f"{path}: {image.width}x{image.height} pixels, seed {args.seed}")
 
 
 def condition(args: argparse.Namespace) -> None:

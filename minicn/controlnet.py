@@ -133,6 +133,8 @@ class ControlNet(nn.Module):
         """
         path = hub.resolve(source, variant)
         config: dict = {}
+        if not (path / "config.json").is_file() and (path / "controlnet.safetensors").is_file():
+            path = path / "controlnet.safetensors"  # the folder of a training run
         if path.is_dir():
             config = files.read_json(path / "config.json")
             file = files.open_weights(files.find_weights(path, ("diffusion_pytorch_model",), variant))

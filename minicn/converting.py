@@ -137,7 +137,10 @@ def convert(
         if part == "model":
             words = None
             if layout == "diffusers":  # a single file has no place for it
-                words = Tokenizer.load(tokenizer or (path / "tokenizer" if path.is_dir() else hub.default_tokenizer()))
+                if tokenizer is not None:
+                    words = Tokenizer.load(hub.tokenizer_folder(tokenizer))
+                else:
+                    words = Tokenizer.load(path / "tokenizer" if path.is_dir() else hub.default_tokenizer())
             StableDiffusion(**models, tokenizer=words).save(destination, layout=layout)
         else:
             save_model(part, models[part], destination, layout)

@@ -64,6 +64,12 @@ def fetch_file(repository: str, name: str) -> Path:
         raise FileNotFoundError(_not_had(f"{repository}/{name}", error)) from error
 
 
+def tokenizer_folder(source: str | Path) -> Path:
+    """Return the tokenizer that a source names: its folder or file, a whole model's folder, or "toy"."""
+    path = TOY_BASE if str(source) == "toy" else Path(source)
+    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
+
+
 def default_tokenizer() -> Path:
     """Return the folder of CLIP's tokenizer from the cache. Raises FileNotFoundError if it is not there."""
     try:

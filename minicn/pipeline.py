@@ -103,7 +103,8 @@ class StableDiffusion:
 
         source     a diffusers folder; an ldm .safetensors, .ckpt or .pth; a Hugging Face repository; or "toy", the small
                    model that ships with the package
-        tokenizer  a folder with vocab.json and merges.txt; by default the model's own, for a single file the cached CLIP's
+        tokenizer  a folder with vocab.json and merges.txt, a model's folder, or "toy"; by default the model's own, for a
+                   single file the cached CLIP's
         vae        another autoencoder: a file or a folder
         vae_dtype  precision of the autoencoder, if another than `dtype`: in float16 it may overflow
         variant    of a folder's weights, as "fp16"
@@ -126,7 +127,7 @@ class StableDiffusion:
                 held = ", ".join(weights.WORDS[kind] for kind in found.parts)
                 raise ValueError(f"{path} holds no {' and no '.join(missing)}, only: {held}; name a whole Stable Diffusion")
         own = path / "tokenizer" if path.is_dir() else None
-        words = Tokenizer.load(tokenizer or own or hub.default_tokenizer())
+        words = Tokenizer.load(hub.tokenizer_folder(tokenizer) if tokenizer else own or hub.default_tokenizer())
         models = {}
         for kind in MODELS:
             if kind == "vae" and vae is not None:
@@ -424,7 +425,9 @@ def size_of(height, width, hints: list[Tensor], image: Image.Image | None, defau
     like = (*hints[0].shape[-2:],) if hints else (image.height, image.width) if image is not None else (default, default)
     height, width = height or like[0], width or like[1]
     if height < 8 or width < 8 or height % 8 or width % 8:
-        raise ValueError(f"the picture is to be {width}x{height} pixels, but both sides must be multiples of 8")
+        raise ValueError(
+            f"the picture is to be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
+        )
     return height, width
 
 

@@ -91,19 +91,18 @@ class Validation:
         """Return what changes while a ControlNet learns, with fixed noise, over up to `most` of the pictures.
 
         loss_q1 .. loss_q4  mean squared error in each quarter of the timesteps, the least noisy first
-        sensitivity         ||eps(c) - eps(c')|| / ||eps(c)||, where c' is another picture's hint
+        sensitivity         ||eps(c) - eps(c')|| / ||eps(c)||, where c' is another picture's hint, or a blank one
         """
         sd, n = self.sd, min(most, len(self.captions))
         device, dtype = sd.device, sd.dtype
         x_0, hints = self.latents[:n].to(device), self.hints[:n].to(device, dtype)
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
+        others = hints.roll(1, 0) if n > 1 else torch.zeros_like(hints)
         context, found, changed, size = sd.encode_prompts(self.captions[:n]), {}, 0.0, 0.0
         for i, t in enumerate(QUARTERS, 1):
             x_t = ddim.add_noise(x_0, noise, sd.alphas_cumprod[t]).to(dtype)
             steps = torch.full((n,), t, device=device)
-            eps, other = (
-                sd.unet(x_t, steps, context, net(x_t, c, steps, context)).float() for c in (hints, hints.roll(1, 0))
-            )
+            eps, other = (sd.unet(x_t, steps, context, net(x_t, c, steps, context)).float() for c in (hints, others))
             found[f"loss_q{i}"] = F.mse_loss(eps, noise).item()
             changed, size = changed + (eps - other).square().sum().item(), size + eps.square().sum().item()
         return {**found, "sensitivity": math.sqrt(changed / size)}

@@ -244,7 +244,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
             score, more = validation.score(images), validation.losses(net)
             net.train()
             run.save_stage(step, images)
-        more = {name: round(value, 6) for name, value in {**more, **zero_norms(net)}.items()}
+        more = {name: float(f"{value:.5g}") for name, value in {**more, **zero_norms(net)}.items()}
         run.log(step=step, loss=round(loss, 5), score=round(score, 4), seconds=round(seconds, 1), **more)
         if validation is not None:
             run.save_sheet(validation)

@@ -693,7 +693,8 @@ def test_configurations_travel_with_a_whole_model(tmp_path):
     """The toy has other heads and groups than Stable Diffusion 1.5; its single file says so."""
     toy = StableDiffusion.load("toy")
     toy.save(tmp_path / "toy.safetensors", layout="ldm")
-    assert_whole(StableDiffusion.load(tmp_path / "toy.safetensors", tokenizer=TOKENIZER), toy)
+    for tokenizer in (TOKENIZER, hub.TOY_BASE, "toy"):
+        assert_whole(StableDiffusion.load(tmp_path / "toy.safetensors", tokenizer=tokenizer), toy)
 
 
 def test_configuration_travels_with_what_minicn_writes(tmp_path, tiny_config):

@@ -25,11 +25,12 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
 
 
 def test_the_two_minicn_commands_run(tmp_path, monkeypatch):
-    """`minicn condition` and `minicn generate`, word for word, in a folder with a picture.png."""
+    """The picture's line, `minicn condition` and `minicn generate`, word for word."""
     commands = re.findall(r"^    minicn (.*)$", README.split("## The real")[0], re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["condition", "generate"]
     monkeypatch.chdir(tmp_path)
-    Image.fromarray(toy.scene(0, "test").image).save("picture.png")
+    exec(re.search(r'^    python -c "(.*)"$', README, re.MULTILINE)[1], {})
+    assert f'--prompt "{toy.scene(1, "test").caption}"' in README
     for command in commands:
         assert __main__.main(shlex.split(command)) == 0
     assert Image.open("out.png").size == Image.open("picture.png").size

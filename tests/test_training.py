@@ -307,7 +307,9 @@ def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys):
     assert "Weights: " in capsys.readouterr().out
     a = ControlNet.load(tmp_path / "whole" / "controlnet.safetensors")
     b = ControlNet.load(tmp_path / "whole" / "diffusers")
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    run = ControlNet.load(tmp_path / "whole")  # the folder itself, too
+    for other in (b, run):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), other.parameters(), strict=True))
     assert a.cfg.hint_channels == (16, 32, 96, 256)
     assert Image.open(tmp_path / "whole" / "sheet.png").size[0] == 4 * 68 - 4
     process = [sys.executable, "-m", "minicn", *"train --model toy --steps 2 --batch-size 1 --pictures 0".split()]
