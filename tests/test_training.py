@@ -315,7 +315,8 @@ def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys):
     process = [sys.executable, "-m", "minicn", *"train --model toy --steps 2 --batch-size 1 --pictures 0".split()]
     process += "--score-every 2 --checkpoint-every 1 --resolution 64 --device cpu".split()
     process += ["--data", str(folder), "--output", str(tmp_path / "killed")]
-    running = subprocess.Popen(process, cwd=ROOT, stderr=subprocess.DEVNULL)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as here (conftest): more threads add up in another order
+    running = subprocess.Popen(process, cwd=ROOT, env=alone, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint.pt").is_file() and running.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             running.wait(0.01)
