@@ -91,10 +91,6 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
     )
-    if training.process()[0] == 0:
-        run.save_curve()
-        print(run.verdict())
-        print(f"Weights: {args.output / 'controlnet.safetensors'}   pictures: {args.output / 'sheet.png'}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -130,7 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--unlock", choices=("none", "decoder", "all"), default="none", help="part of Stable Diffusion that learns, too")
     add("--unlock-lr", type=cli.number(0, 1), default=2e-6, help="learning rate of what is unlocked, 0 to 1")
     add("--precision", choices=training.PRECISIONS, default="float32", help="of the computation; weights stay float32")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--gradient-checkpointing", action="store_true", help="less memory, more time")
     add("--resolution", type=cli.whole(8), help="pixels a side, a multiple of 8 (default: what the model was trained at)")
     add("--pictures", type=cli.whole(0), default=4, help="pairs, the first of the folder, drawn on the way; 0: none")
     add("--guidance-scale", type=cli.number(0, 100), default=9.0, help="of the pictures drawn on the way")
@@ -251,7 +251,7 @@ def train(args: argparse.Namespace) -> None:
     names = [field.name for field in dataclasses.fields(training.Recipe)]
     recipe = training.Recipe(**{name: getattr(args, name) for name in names})
     sd = StableDiffusion.load(args.model, device=device, tokenizer=args.tokenizer)
-    size = args.resolution or (512 if sd.unet.cfg.model_channels == 320 else 128)
+    size = args.resolution or sd.image_size
     if size % 8:
         raise ValueError(f"--resolution is {size}, but must be a multiple of 8")
     settings = {"data": str(args.data), "pairs": len(pairs), "model": str(args.model), "resolution": size}
@@ -282,11 +282,6 @@ def train(args: argparse.Namespace) -> None:
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
     )
-    if first:
-        net.save(args.output / "diffusers", layout="diffusers")
-        run.save_curve()
-        print(run.verdict())
-        print(f"Weights: {args.output / 'controlnet.safetensors'}, and for diffusers in {args.output / 'diffusers'}")
 
 
 def check_data(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from minicn import ddim, toy
 from minicn.pipeline import StableDiffusion
 
-TIMESTEPS = (400, 650)  # where shapes and colours are decided; below, hardly anything depends on the text
+TIMESTEPS = (400, 650)  # the middle of the schedule; a fixed noise at each
 
 
 def captioner(name: str | None, sd: StableDiffusion, model: str | Path) -> Callable[[Image.Image], str]:

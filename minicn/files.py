@@ -40,11 +40,6 @@ class WeightFile:
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
 
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(math.prod(shape) * getattr(torch, self.dtypes[key]).itemsize for key, shape in self.shapes.items())
-
 
 def read(path: str | Path) -> State:
     """Return all tensors of a file. Raises what `open_weights` raises."""

@@ -160,7 +160,7 @@ class StableDiffusion:
         if layout != "diffusers":
             raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
         folder = Path(path)
-        sample_size = 64 if self.unet.cfg.model_channels == 320 else 16  # latents' side that diffusers draws by default
+        sample_size = self.image_size // 8  # latents' side that diffusers draws by default
         configs = {
             "unet": weights.unet_config(self.unet.cfg) | {"sample_size": sample_size},
             "vae": weights.vae_config(self.vae.cfg, 8 * sample_size),
@@ -178,7 +178,7 @@ class StableDiffusion:
         for model in (self.unet, *controlnets):
             weights.prepare(model)
         # Numerics: not the autoencoder; over its large maps PyTorch's GroupNorm for channels last adds up squares one by
-        # one, wrong by 1e-5 at 512x512 on CPUs.
+        # one, off by about 1e-5 at 512x512 on CPUs.
         for model in (self.vae, self.text_encoder):
             weights.check_finite(model)
 
@@ -187,6 +187,11 @@ class StableDiffusion:
         for model in (self.unet, self.vae, self.text_encoder):
             model.to(device)
         return self
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the pictures that the model was trained on."""
+        return 512 if self.unet.cfg.model_channels == UNetConfig.model_channels else 128
 
     @property
     def device(self) -> torch.device:
@@ -298,7 +303,7 @@ class StableDiffusion:
             raise ValueError("a mask needs the image that it masks: give both")
         nets, hints, scales = pair_hints(controlnet, hint, conditioning_scale)
         hints = [conditions.hint_tensor(h).to(self.device, self.dtype) for h in hints]
-        height, width = size_of(height, width, hints, image, 512 if self.unet.cfg.model_channels == 320 else 128)
+        height, width = size_of(height, width, hints, image, self.image_size)
 
         # Everything that does not change from step to step, once.
         self.prepare(*nets)

@@ -108,6 +108,11 @@ class Validation:
         return {**found, "sensitivity": math.sqrt(changed / size)}
 
 
+def words(score: float) -> str:
+    """Write a score with two digits, and never as -0.00."""
+    return f"{score:.2f}".replace("-0.00", "0.00")
+
+
 def zero_norms(net: ControlNet) -> dict[str, float]:
     """Return the norm of each of the 13 zero convolutions' weights: zero_0 .. zero_11, zero_middle."""
     names = [f"zero_{i}" for i in range(len(net.zero_convs))] + ["zero_middle"]
@@ -233,12 +238,18 @@ class Run:
         Image.fromarray(column).save(self.folder / "stages" / f"{step:06d}.png")
 
     def save_sheet(self, validation: Validation, rows: int = 6, most: int = 11) -> Path:
-        """Draw sheet.png: hint, truth, then the same seeds at up to `most` stages, evenly chosen, the last included."""
+        """Draw sheet.png: hint, truth, then the same seeds at up to `most` stages: the first, the last, those around the
+        one where it begins to follow, the others evenly chosen.
+        """
         stages = [(0, None)] + [(row["step"], row["score"]) for row in self.rows if row["step"]]
-        stages = [stages[round(i)] for i in np.linspace(0, len(stages) - 1, min(most, len(stages)))]
+        begins = next((i for i, row in enumerate(self.rows) if row["score"] >= FOLLOWS), None)
+        around = [] if begins is None else list(range(max(begins - 2, 0), min(begins + 2, len(stages))))
+        others = [i for i in range(len(stages)) if i not in around]
+        evenly = np.linspace(0, len(others) - 1, min(most - len(around), len(others)))
+        stages = [stages[i] for i in sorted(around + [others[round(k)] for k in evenly])]
         columns = [("hint", np.concatenate(validation.hint_pictures)), ("truth", np.concatenate(validation.truths))]
         for step, score in stages:
-            title = f"step {step}" + ("" if score is None else f"\nscore {score:.2f}")
+            title = f"step {step}" + ("\nno control" if score is None else f"\nscore {words(score)}")
             columns.append((title, np.asarray(Image.open(self.folder / "stages" / f"{step:06d}.png"))))
         side = validation.truths[0].shape[0]
         height = min(rows, len(validation.truths)) * side
@@ -269,16 +280,24 @@ class Run:
         pyplot.close(figure)
         return self.folder / "curve.png"
 
+    def finish(self) -> None:
+        """Draw the curve and say what became of the run."""
+        self.save_curve()
+        print(self.verdict())
+        print(f"Weights: {self.folder / 'controlnet.safetensors'}, and for diffusers {self.folder / 'diffusers'}")
+
     def verdict(self) -> str:
         """Say in a sentence at which step the ControlNet began to follow."""
+        if math.isnan(self.rows[-1]["score"]):
+            return "No picture was drawn on the way, so nothing can be said about following."
         for before, row in zip(self.rows, self.rows[1:], strict=False):
             if row["score"] >= FOLLOWS:
                 return (
-                    f"It began to follow between step {before['step']} (score {before['score']:.2f}) and step "
-                    f"{row['step']} (score {row['score']:.2f}); the last score is {self.rows[-1]['score']:.2f}."
+                    f"It began to follow between step {before['step']} (score {words(before['score'])}) and step "
+                    f"{row['step']} (score {words(row['score'])}); the last score is {words(self.rows[-1]['score'])}."
                 )
         last = self.rows[-1]
-        return f"After {last['step']} steps it does not follow yet (score {last['score']:.2f}): train longer."
+        return f"After {last['step']} steps it does not follow yet (score {words(last['score'])}): train longer."
 
 
 class StopRequest:

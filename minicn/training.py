@@ -195,7 +195,7 @@ def train(
     checkpoint_every: int = 1000,
     resume: bool = False,
 ) -> None:
-    """Train a ControlNet by a recipe, with a log, sheets and checkpoints in the run's folder.
+    """Train a ControlNet by a recipe; leave log, sheets, checkpoints and weights (both layouts) in the run's folder.
 
     Under torchrun every process takes its share of each batch; the first one draws, logs and saves.
     Ctrl-C or SIGTERM lets the step end, saves checkpoint and weights, then raises KeyboardInterrupt. Raises ValueError,
@@ -263,6 +263,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
     )
     shown = {"loss": "-", "score": "-"}
     earlier = run.rows[-1]["seconds"] if run.rows else 0.0
+    stopping = False
     with StopRequest() as stop:
         for step in bar:
             error, samples = torch.zeros((), device=device), []
@@ -303,8 +304,11 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
     bar.close()
     if rank == 0:
         net.save(run.folder / "controlnet.safetensors")
+        net.save(run.folder / "diffusers", layout="diffusers")
         if recipe.unlock != "none":
             save_whole_model(sd, net, run.folder / "model.safetensors")
+        if not stopping:
+            run.finish()
     if stopping:
         raise KeyboardInterrupt
 

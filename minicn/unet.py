@@ -49,8 +49,8 @@ def embed_timesteps(time_embed: nn.Sequential, timesteps: Tensor, dtype: torch.d
 class GroupNorm(nn.GroupNorm):
     """Group normalisation that keeps its digits in the channels-last layout, too.
 
-    Numerics: for that layout PyTorch's kernel for CPUs takes the variance as E[x^2] - E[x]^2, which is wrong by 1e-5 of
-    the result where the mean is ten times the deviation. About the mean of every 8th row and column is taken off first.
+    Numerics: for that layout PyTorch's kernel for CPUs takes the variance as E[x^2] - E[x]^2, which is off by 1e-5 or
+    more of the result where the mean is ten times the deviation. So the mean of every 8th row and column is taken off.
     """
 
     def forward(self, x: Tensor) -> Tensor:

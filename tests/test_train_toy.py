@@ -48,6 +48,15 @@ def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
     assert not list(run.glob("*.part"))
 
 
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run, capsys):
+    """Nothing is left to do: the same weights, the same sentence."""
+    before = files.read(run / "controlnet.safetensors")
+    train(run, "--steps", "6", "--resume")
+    assert "Weights: " in capsys.readouterr().out
+    after = files.read(run / "controlnet.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_before_training_the_score_is_zero(run):
     """Eq. (4) in the log: at step 0 the pictures are those without control, so the score is 0."""
     first = log(run)[0]
