@@ -43,6 +43,21 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def refused(capsys):
+    """A function that runs what must be refused and returns the line that says why: status 2, no traceback."""
+
+    def run(function, *args) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            function(*args)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert "Traceback" not in error
+        return error.splitlines()[-1]
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def dezero():
     """A function that fills zero parameters: Stable Diffusion's own zero layers are not zero once it is trained."""
