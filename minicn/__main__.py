@@ -166,6 +166,7 @@ def generate(args: argparse.Namespace) -> None:
     scales = scales * len(nets) if len(scales) == 1 else scales
     if nets and len(scales) != len(nets):
         raise ValueError(f"{len(scales)} --conditioning-scale came for {len(nets)} --controlnet: give one, or one for each")
+    check_needs(args)
     if args.control_start > args.control_end:
         raise ValueError(f"--control-start {args.control_start} lies after --control-end {args.control_end}: swap them")
     hints = [conditions.load_image(path) for path in hints]
@@ -188,7 +189,13 @@ def generate(args: argparse.Namespace) -> None:
     if prompt is None:
         from minicn import captioning
 
-        prompt = captioning.captioner(args.captioner, sd, args.model)
+        caption, prompts = captioning.captioner(args.captioner, sd, args.model), []
+
+        def prompt(picture: Image.Image) -> str:
+            prompts.append(caption(picture))
+            print(f"automatic prompt: {prompts[-1]}")
+            return prompts[-1]
+
     images = sd.generate(
         prompt,
         **settings,
@@ -200,13 +207,30 @@ def generate(args: argparse.Namespace) -> None:
         mask=mask,
         progress=True,
     )
-    record = {key: value for key, value in vars(args).items() if value is not None} | {"minicn": minicn.__version__}
+    record = {key: value for key, value in vars(args).items() if value is not None}
+    record |= {"minicn": minicn.__version__, "device": str(device)}
     for i, image in enumerate(images):
         path = args.output if len(images) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
+        drawn = {"index": i, "prompt": prompts[i] if callable(prompt) else prompt}
         information = PngInfo()
-        information.add_text("minicn", json.dumps(record | {"index": i}, default=str))
+        information.add_text("minicn", json.dumps(record | drawn, default=str))
         image.save(path, **({"pnginfo": information} if path.suffix.lower() == ".png" else {}))
         print(f"{path}: {image.width}x{image.height} pixels, seed {args.seed}")
+
+
+def check_needs(args: argparse.Namespace) -> None:
+    """Raise ValueError for an option that would count for nothing without another one."""
+    control = ["conditioning-scale", "guess-mode", "control-start", "control-end"]
+    defaults = {"control-start": 0.0, "control-end": 1.0, "denoise": 1.0}
+    automatic = args.prompt_setting == "automatic"
+    for options, needed, there in (
+        (control, "--controlnet", args.controlnet),
+        (["denoise", "mask"], "--image", args.image),
+        (["captioner"], "--prompt-setting automatic", automatic),
+    ):
+        for option in options:
+            if getattr(args, option.replace("-", "_")) != defaults.get(option) and not there:
+                raise ValueError(f"--{option} counts for nothing without {needed}: give both or none")
 
 
 def condition(args: argparse.Namespace) -> None:

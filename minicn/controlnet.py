@@ -144,27 +144,27 @@ class ControlNet(nn.Module):
         if "controlnet" not in found.parts:
             held = ", ".join(weights.WORDS[kind] for kind in found.parts)
             raise ValueError(f"{file.path} holds no ControlNet, but: {held}; give it as the model instead")
-        if config:
-            shape = UNetConfig(**weights.unet_fields(config, path / "config.json"))
-        elif found.difference:
-            if unet is None:
-                raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
-            shape = unet.cfg
-        else:
-            shape = UNetConfig(**weights.fields_of(found, "controlnet"))
-        hints = weights.written(found).get("hints", {})
-        paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
-        cfg = ControlNetConfig(
-            shape,
-            hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
-            paper_hint_encoder=paper,
-            # Compat: nothing in a published single file tells, so the field goes by the name.
-            global_pool=config.get("global_pool_conditions", hints.get("global_pool", "shuffle" in path.name)),
-            bgr=config.get("controlnet_conditioning_channel_order", "bgr" if hints.get("bgr") else "rgb") == "bgr",
-        )
-        if unet is not None and unet.cfg != cfg.unet:
-            raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
-        with weights.Unfilled():
+        with weights.building(file.path, "ControlNet"):
+            if config:
+                shape = UNetConfig(**weights.unet_fields(config, path / "config.json"))
+            elif found.difference:
+                if unet is None:
+                    raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
+                shape = unet.cfg
+            else:
+                shape = UNetConfig(**weights.fields_of(found, "controlnet"))
+            hints = weights.written(found).get("hints", {})
+            paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
+            cfg = ControlNetConfig(
+                shape,
+                hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
+                paper_hint_encoder=paper,
+                # Compat: nothing in a published single file tells, so the field goes by the name.
+                global_pool=config.get("global_pool_conditions", hints.get("global_pool", "shuffle" in path.name)),
+                bgr=config.get("controlnet_conditioning_channel_order", "bgr" if hints.get("bgr") else "rgb") == "bgr",
+            )
+            if unet is not None and unet.cfg != cfg.unet:
+                raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
             net = cls(cfg)
         if found.difference:
             found.file, found.parts["controlnet"] = _add_difference(found, unet, net)

@@ -75,6 +75,8 @@ def check_destination(path: Path, layout: str) -> None:
         raise ValueError(f"destination {path} must end in .safetensors: layout ldm is one file")
     if layout == "ldm" and path.is_dir():
         raise ValueError(f"destination {path} is a folder: layout ldm is one file")
+    if layout == "ldm" and path.exists():
+        raise ValueError(f"destination {path} exists already: name another file, or remove it")
     if layout == "diffusers" and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
         raise ValueError(f"destination {path} exists already: layout diffusers is a new folder")
 

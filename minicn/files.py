@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import types
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -120,6 +121,8 @@ def _open_safetensors(path: Path) -> WeightFile:
 def _open_pickle(path: Path) -> WeightFile:
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:
+            _check_stored(path)
         # Tensors of a zip are read from the disk when they are used; not where the ending would mislead PyTorch.
         mapped = zipped and path.suffix != ".safetensors"
         source, options = path if mapped else file, {"map_location": "cpu", "mmap": mapped}
@@ -147,6 +150,17 @@ def _open_pickle(path: Path) -> WeightFile:
     opened = WeightFile(path, tensors.__getitem__, shapes, dtypes)
     opened.container = "PyTorch's zip" if zipped else "PyTorch's old container"
     return opened
+
+
+def _check_stored(path: Path) -> None:
+    """Raise ValueError for a zip that is cut, or compressed: PyTorch maps its tensors as they lie in the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is no whole PyTorch file ({error}): fetch it again") from error
+    if packed:
+        raise ValueError(f"{path} is compressed ({packed[0]}), which PyTorch's files are not: unpack it, or fetch it again")
 
 
 def _inert_pickle() -> types.SimpleNamespace:
@@ -179,7 +193,9 @@ def _inert_pickle() -> types.SimpleNamespace:
         ("collections", "OrderedDict"): OrderedDict,
         ("torch._utils", "_rebuild_tensor"): tensor,
         ("torch._utils", "_rebuild_tensor_v2"): tensor,
+        ("torch._utils", "_rebuild_tensor_v3"): tensor,
         ("torch._utils", "_rebuild_parameter"): parameter,
+        ("torch._utils", "_rebuild_parameter_with_state"): parameter,
         ("torch", "Size"): torch.Size,
     }
 

@@ -11,6 +11,7 @@ TOY_CONTROLNETS = Path(__file__).parent / "toy_controlnets"  # a folder for each
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.5, for files that carry none
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+PARTS = ("", "unet/", "vae/", "text_encoder/")  # where a repository keeps them: of a ControlNet, of a Stable Diffusion
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -39,10 +40,11 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
         return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
     dot = f".{variant}" if variant else ""
     small = ["*.json", "*/*.json", "tokenizer/*"]
-    folder = fetch_folder(text, small + [f"{prefix}{name}{dot}.safetensors" for prefix in ("", "*/") for name in WEIGHTS])
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*/*.safetensors")):  # an old repository, or in shards
-        patterns = [f"{prefix}{name}{dot}*" for prefix in ("", "unet/", "vae/", "text_encoder/") for name in WEIGHTS]
-        folder = fetch_folder(text, small + patterns)
+    folder = fetch_folder(text, small + [f"{part}{name}{dot}.safetensors" for part in PARTS for name in WEIGHTS])
+    described = [part for part in PARTS if (folder / part / "config.json").is_file()]
+    old = [part for part in described if not any((folder / part).glob("*.safetensors"))]  # .bin alone, or in shards
+    if old:
+        folder = fetch_folder(text, small + [f"{part}{name}{dot}*" for part in old for name in WEIGHTS])
     return folder
 
 

@@ -5,6 +5,7 @@ Source: Rombach et al., arXiv:2112.10752; with a ControlNet, Zhang and Agrawala,
 
 import functools
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -67,14 +68,8 @@ def load_model(
         keys = found.ema if ema else keys
     elif kind == "unet" and ema:
         raise ValueError(f"{found.file.path} holds no moving average of the weights: leave out ema")
-    try:
-        cfg = config_class(**(read or weights.fields_of(found, kind)))
-        with weights.Unfilled():
-            model = model_class(cfg)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        if isinstance(error, ValueError) and str(found.file.path) in str(error):
-            raise
-        raise ValueError(f"{found.file.path} describes no {weights.WORDS[kind]} that can be built: {error}") from error
+    with weights.building(found.file.path, weights.WORDS[kind]):
+        model = model_class(config_class(**(read or weights.fields_of(found, kind))))
     weights.load_into(model, found.file, keys, dtype, device)
     return model.eval()
 
@@ -299,6 +294,9 @@ class StableDiffusion:
             raise ValueError(f"{len(prompts)} prompts with num_images {num_images}: a list gives one picture a prompt")
         if guess_mode not in (False, True, "diffusers"):
             raise ValueError(f'guess_mode is {guess_mode!r}, but must be False, True or "diffusers"')
+        for name, picture in (("image", image), ("mask", mask)):
+            if picture is not None and not isinstance(picture, Image.Image):
+                raise TypeError(f"{name} is {type(picture).__name__}, but must be a PIL picture: Image.open reads one")
         if mask is not None and image is None:
             raise ValueError("a mask needs the image that it masks: give both")
         nets, hints, scales = pair_hints(controlnet, hint, conditioning_scale)
@@ -411,7 +409,10 @@ def total(controls: list[list[Tensor]]) -> list[Tensor]:
 
 def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[float]]:
     """Return ControlNets, hints and scales as lists of one length. Raises ValueError, saying what is missing."""
-    nets = [] if controlnet is None else [controlnet] if isinstance(controlnet, ControlNet) else list(controlnet)
+    nets = [] if controlnet is None else list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
+    for net in nets:
+        if not isinstance(net, ControlNet):
+            raise TypeError(f"controlnet is {net!r}, but must be a ControlNet: ControlNet.load reads one")
     hints = [] if hint is None else list(hint) if isinstance(hint, (list, tuple)) else [hint]
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * max(len(nets), 1)
     if bool(nets) != bool(hints):
@@ -428,8 +429,14 @@ def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[fl
 def size_of(height, width, hints: list[Tensor], image: Image.Image | None, default: int) -> tuple[int, int]:
     """Return height and width of the picture. Raises ValueError unless they are multiples of 8."""
     like = (*hints[0].shape[-2:],) if hints else (image.height, image.width) if image is not None else (default, default)
-    height, width = height or like[0], width or like[1]
-    if height < 8 or width < 8 or height % 8 or width % 8:
+    height, width = like[0] if height is None else height, like[1] if width is None else width
+    if (
+        not all(isinstance(side, numbers.Integral) for side in (height, width))
+        or height < 8
+        or width < 8
+        or height % 8
+        or width % 8
+    ):
         raise ValueError(
             f"the picture is to be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
         )
@@ -446,6 +453,9 @@ def check_ranges(num_steps, guidance_scale, control_start, control_end, denoise,
     check_range("seed", seed, 0, 2**63 - 1)
     check_range("num_images", num_images, 1, math.inf)
     check_range("denoise", denoise, 0, 1)
+    for name, value in (("num_steps", num_steps), ("seed", seed), ("num_images", num_images)):
+        if not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} is {value!r}, but must be a whole number")
     if denoise == 0:
         raise ValueError("denoise is 0, which would draw nothing: give more, up to 1")
     if control_start > control_end:
@@ -453,5 +463,7 @@ def check_ranges(num_steps, guidance_scale, control_start, control_end, denoise,
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, but must be a number")
     if not (low <= value <= high and math.isfinite(value)):
         raise ValueError(f"{name} is {value}, but must lie in [{low}, {high}]")

@@ -60,18 +60,39 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Do as any convolution; but on CPUs, where wide weights meet a small map, by one matrix product.
+
+        There PyTorch's convolution spends up to half its time on bringing the weights into an order of its own, at every
+        call; in channels-last they are a matrix as they lie. Not when training: the 9 neighbours would be kept, too.
+        """
+        wide = self.weight.numel() > 2**22 and x.shape[-2] * x.shape[-1] <= 256
+        if not wide or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return super().forward(x)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H + 2, W + 2, C)
+        neighbours = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)  # (B, H, W, 3 * 3 * C)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C_out, 3 * 3 * C)
+        return F.linear(neighbours, weight, self.bias).permute(0, 3, 1, 2)
+
+
 class ResBlock(nn.Module):
     """Norm, SiLU, conv, twice, with the time embedding added in between."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), Conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         self.out_layers = nn.Sequential(
             GroupNorm(groups, c_out),
             nn.SiLU(),
             nn.Identity(),  # Compat: dropout in ldm; keeps the convolution at index 3
-            zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)),
+            zero_module(Conv3x3(c_out, c_out)),
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -204,7 +225,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))

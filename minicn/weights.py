@@ -5,10 +5,12 @@ but for the autoencoder's attention, whose 1x1 convolutions are linear layers th
 our names to the file's. Nothing here imports a model class: a model gives its keys and shapes, a file its tensors.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,8 +107,9 @@ def own_name(kind: str, key: str) -> str:
     if kind == "text_encoder":
         return key if key.startswith("text_model.") else f"text_model.{key}"
     if kind == "vae" and ".attentions." in key:
-        block, layer, tail = re.match(r"(.*\.attentions\.0)\.(.*)\.(\w+)$", key).groups()
-        key = f"{block}.{OLD_VAE_ATTENTION.get(layer, layer)}.{tail}"
+        block, _, rest = key.partition(".attentions.0.")
+        layer, _, tail = rest.rpartition(".")
+        key = f"{block}.attentions.0.{OLD_VAE_ATTENTION.get(layer, layer)}.{tail}"
     return rename(key, FROM_DIFFUSERS[kind])
 
 
@@ -195,6 +198,9 @@ def contents(file: WeightFile) -> Contents:
         layout, other = ("diffusers" if new or kind == "text_encoder" else "ldm, without a prefix"), len(ignored)
     for keys in parts.values():
         keys.pop("text_model.embeddings.position_ids", None)  # a buffer that old files hold: 0, 1, 2, ...
+        for key in keys.values():
+            if not file.shapes[key] or 0 in file.shapes[key]:
+                raise ValueError(f"{file.path}: {key} has shape {file.shapes[key]}, which no weight has: fetch it again")
     ema = {own: flat[own.replace(".", "")] for own in parts.get("unet", {}) if own.replace(".", "") in flat}
     found = Contents(file, layout, parts, ema, "difference" in names, other)
     refuse_other_widths(found)
@@ -234,7 +240,7 @@ def refuse_other_widths(found: Contents) -> None:
         shapes = found.shapes(kind) if kind in found.parts else {}
         first = shapes.get("input_blocks.0.0.weight", (0, 4))
         keys = shapes.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 768))
-        what = RELATIVES.get(("context", keys[1])) or RELATIVES.get(("channels", first[1]))
+        what = RELATIVES.get(("context", *keys[1:2])) or RELATIVES.get(("channels", *first[1:2]))
         if what:
             raise ValueError(
                 f"{found.file.path} is {what.format(WORDS[kind])}; minicn runs Stable Diffusion 1.5 (context width 768, 4 "
@@ -349,7 +355,19 @@ class Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-CHECKED_AT_ONCE = 1e9  # bytes of a model up to which every number is looked at while loading; of larger ones, at first use
+@contextlib.contextmanager
+def building(path: Path, what: str) -> Iterator[None]:
+    """Inside `with`, build a model without filling it. Raises ValueError, naming the file, for what cannot be built."""
+    try:
+        with Unfilled():
+            yield
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} describes no {what} that can be built: {error}") from error
+
+
+CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is looked at while loading; of larger ones, at first use
 
 
 def load_into(

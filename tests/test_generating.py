@@ -3,15 +3,18 @@
 import dataclasses
 import json
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from minicn import ControlNet, StableDiffusion, __main__, captioning, ddim, toy
 from minicn.pipeline import DEFAULT_PROMPT
-from minicn.unet import TextKeys, embed_timesteps
+from minicn.unet import Conv3x3, TextKeys, embed_timesteps
 
 STEPS = 3
 SCENE = toy.scene(1, "test")
@@ -71,6 +74,22 @@ def test_both_halves_of_guidance_share_what_comes_before_the_text(sd, net):
     assert (once - plain).norm() <= 2e-6 * plain.norm()
 
 
+@pytest.mark.parametrize("size", [(3, 5), (16, 16), (17, 16)])
+def test_a_wide_convolution_of_a_small_map_is_a_matrix_product(monkeypatch, size):
+    """Up to rounding; and only there, only on CPUs in float32, and never where gradients are wanted."""
+    conv, x = Conv3x3(768, 768), torch.randn(2, 768, *size)
+    want = F.conv2d(x, conv.weight, conv.bias, padding=1)
+    products, linear = [], F.linear
+    monkeypatch.setattr("minicn.unet.F.linear", lambda *arguments: products.append(1) or linear(*arguments))
+    assert torch.equal(conv(x), want)
+    assert not products
+    with torch.no_grad():
+        assert (conv(x) - want).norm() <= 2e-6 * want.norm()
+        assert len(products) == (size[0] * size[1] <= 256)
+        conv.double()(x.double()), Conv3x3(4, 4)(x[:, :4])
+    assert len(products) == (size[0] * size[1] <= 256)
+
+
 def test_timesteps_embedded_together_are_the_timesteps_embedded_alone(sd):
     """One matrix product for all steps; relative error at most 1e-6."""
     steps = torch.tensor(ddim.timesteps(20))
@@ -127,12 +146,28 @@ def test_two_controlnets_add_their_residuals(sd, net, hint):
         ({"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (8, 8))}, "the mask has 8x8 pixels"),
         ({"num_steps": 1001}, "num_steps is 1001"),
         ({"height": 100}, "multiples of 8"),
+        ({"height": 0}, "multiples of 8"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(sd, net, hint, settings, words):
     names = {"both": [hint, hint], "one": net, "two": [net, net]}
     settings = {key: names.get(value, value) if isinstance(value, str) else value for key, value in settings.items()}
     with pytest.raises(ValueError, match=words):
+        sd.generate("a red ball", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"seed": 1.5}, "seed is 1.5, but must be a whole number"),
+        ({"num_steps": "20"}, "num_steps is '20', but must be a number"),
+        ({"image": "picture.png"}, "image is str, but must be a PIL picture"),
+        ({"image": Image.new("RGB", (64, 64)), "mask": np.zeros((64, 64))}, "mask is ndarray"),
+        ({"controlnet": "toy-canny", "hint": "hint.png"}, "controlnet is 'toy-canny', but must be a ControlNet"),
+    ],
+)
+def test_settings_of_another_type_are_named(sd, settings, words):
+    with pytest.raises(TypeError, match=words):
         sd.generate("a red ball", **settings)
 
 
@@ -299,6 +334,13 @@ def test_a_png_keeps_the_settings_that_made_it(tmp_path):
     assert (record["prompt"], record["seed"], record["num_steps"], record["model"]) == ("a red ball", 7, 2, "toy")
 
 
+def test_a_png_of_an_automatic_prompt_keeps_the_caption(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(captioning, "captioner", lambda *_: lambda picture: "a green star")
+    record = json.loads(Image.open(run(tmp_path, "--prompt-setting", "automatic")).text["minicn"])
+    assert (record["prompt"], record["device"]) == ("a green star", "cpu")
+    assert "automatic prompt: a green star" in capsys.readouterr().out
+
+
 def test_several_pictures_are_numbered(tmp_path, sd):
     run(tmp_path, "--prompt", "a red ball", "--num-images", "2")
     images = sd.generate("a red ball", num_steps=2, num_images=2)
@@ -330,13 +372,29 @@ def test_the_command_line_reaches_every_setting(tmp_path, sd, net, hint):
     assert np.array_equal(np.asarray(Image.open(output)), np.asarray(want))
 
 
+def write_bomb(path):
+    """A PNG of 100 bytes that says it is 30,000 x 30,000 pixels large."""
+    header = b"IHDR" + (30000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    data = b"IDAT" + zlib.compress(b"")
+    chunks = [len(c).to_bytes(4, "big") for c in (header[4:], data[4:])]
+    content = [n + c + zlib.crc32(c).to_bytes(4, "big") for n, c in zip(chunks, (header, data), strict=True)]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(content))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "--prompt is missing"),
         (["--prompt", "x", "--prompt-setting", "none"], "exclude each other"),
         (["--prompt", "x", "--hint", "a.png", "--hint", "b.png", "--controlnet", "toy-canny"], "2 and 1 came"),
-        (["--prompt", "x", "--mask", "{tmp}/mask.png"], "a mask needs the image"),
+        (["--prompt", "x", "--mask", "{tmp}/mask.png"], "--mask counts for nothing without --image"),
+        (["--prompt", "x", "--denoise", "0.5"], "--denoise counts for nothing without --image"),
+        (["--prompt", "x", "--guess-mode"], "--guess-mode counts for nothing without --controlnet"),
+        (["--prompt", "x", "--control-end", "0.5"], "--control-end counts for nothing without --controlnet"),
+        (["--prompt", "x", "--conditioning-scale", "1"], "--conditioning-scale counts for nothing without --controlnet"),
+        (["--prompt", "x", "--captioner", "blip"], "--captioner counts for nothing without --prompt-setting automatic"),
+        (["--prompt", "x", "--image", "{tmp}/bomb.png"], "pixels"),
+        (["--prompt", "x", "--output", "{tmp}/kept.png"], "must not be written"),
         (["--prompt", "x", "--image", "{tmp}/cut.png"], "is no picture"),
         (["--prompt", "x", "--image", "{tmp}/tiny.png"], "multiples of 8"),
         (["--prompt", "x", "--denoise", "0", "--image", "{tmp}/mask.png"], "denoise is 0"),
@@ -346,11 +404,15 @@ def test_the_command_line_reaches_every_setting(tmp_path, sd, net, hint):
         (["--prompt-setting", "automatic", "--captioner", "{tmp}"], "--captioner"),
     ],
 )
-def test_generate_refuses_in_one_line(tmp_path, refused, arguments, words):
+def test_generate_refuses_in_one_line(tmp_path, refused, monkeypatch, arguments, words):
     """Bad input: exit status 2, one line, no traceback, no picture written."""
     Image.new("RGB", (128, 128)).save(tmp_path / "mask.png")
     Image.new("RGB", (1, 1)).save(tmp_path / "tiny.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "mask.png").read_bytes()[:60])
+    (tmp_path / "kept.png").write_bytes(b"")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "kept.png")  # root may write everywhere
+    if "{tmp}/bomb.png" in arguments:
+        write_bomb(tmp_path / "bomb.png")
     assert words in refused(run, tmp_path, *(argument.format(tmp=tmp_path) for argument in arguments))
     assert not (tmp_path / "out.png").exists()
 

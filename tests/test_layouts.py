@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 import warnings
+import zipfile
 from dataclasses import asdict
 
 import pytest
@@ -388,6 +389,34 @@ def test_odd_contents_of_pickles_are_refused(tmp_path):
             ControlNet.load(tmp_path / f"{name}.pth")
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (4,), (8, 0, 3, 3)])
+@pytest.mark.parametrize("key", ["input_blocks.0.0.weight", "input_hint_block.0.weight", "zero_convs.0.0.weight"])
+def test_shapes_that_no_weight_has_are_named(tmp_path, key, shape):
+    safetensors.torch.save_file(
+        {"zero_convs.0.0.weight": torch.zeros(8, 8, 1, 1)} | {key: torch.zeros(shape)}, tmp_path / "x.safetensors"
+    )
+    with pytest.raises(ValueError, match="x.safetensors"):
+        ControlNet.load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("key", ["encoder.mid_block.attentions.x", "encoder.mid_block.attentions.0.weight"])
+def test_odd_names_in_an_autoencoder_are_unknown(sd, tmp_path, key):
+    sd.save(tmp_path / "sd")
+    rewrite(tmp_path / "sd" / "vae" / "diffusion_pytorch_model.safetensors", lambda state: state | {key: torch.zeros(1)})
+    with pytest.raises(ValueError, match="1 are unknown"):
+        load_vae(tmp_path / "sd")
+
+
+def test_a_compressed_zip_is_refused(net, tmp_path):
+    """PyTorch maps a zip's tensors as they lie in the file: compressed, they would be noise."""
+    torch.save(control(net), tmp_path / "net.pth")
+    with zipfile.ZipFile(tmp_path / "net.pth") as old, zipfile.ZipFile(tmp_path / "packed.pth", "w") as new:
+        for record in old.namelist():
+            new.writestr(record, old.read(record), compress_type=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="packed.pth is compressed"):
+        ControlNet.load(tmp_path / "packed.pth")
+
+
 # What is something else
 
 
@@ -655,6 +684,19 @@ def test_transfer_adds_the_difference_of_the_bases(sd, net, tmp_path):
     for key, tensor in net.state_dict().items():
         want = tensor + (new[key] - old[key]) if key in old and not key.startswith("zero") else tensor
         assert torch.equal(moved[key], want), key
+
+
+def test_transfer_from_a_v10_file_starts_at_its_own_unet(sd, net, ldm, tmp_path):
+    """Without --transfer-from, the U-Net that lies in the file is the base that the ControlNet was trained on."""
+    other = randomise(UNet(UNET))
+    converting.save_model("unet", other, tmp_path / "other.safetensors", "ldm")
+    torch.save(ldm | control(net), tmp_path / "v10.pth")
+    converting.convert(
+        tmp_path / "v10.pth", tmp_path / "moved.safetensors", "ldm", transfer_to=tmp_path / "other.safetensors"
+    )
+    moved, old, new = (m.state_dict() for m in (ControlNet.load(tmp_path / "moved.safetensors"), sd.unet, other))
+    key = "input_blocks.1.0.in_layers.2.weight"
+    assert torch.equal(moved[key], net.state_dict()[key] + (new[key] - old[key]))
 
 
 def test_convert_keeps_each_models_own_precision(sd, tmp_path):

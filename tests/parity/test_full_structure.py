@@ -6,6 +6,7 @@ Models of Stable Diffusion 1.5's full structure at narrow widths; `benchmarks/sp
 import copy
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 diffusers = pytest.importorskip("diffusers", reason="extra parity is not installed")
 transformers = pytest.importorskip("transformers", reason="extra parity is not installed")
 
-from minicn import ControlNet, StableDiffusion, __main__, converting, ddim, hub  # noqa: E402
+from minicn import ControlNet, StableDiffusion, __main__, captioning, converting, ddim, hub  # noqa: E402
 from minicn.pipeline import load_model, load_vae  # noqa: E402
 from minicn.tokenizer import Tokenizer  # noqa: E402
 
@@ -269,6 +270,101 @@ def test_two_controlnets(sd, net, pipe, inputs):
     assert levels(ours, theirs) <= 1
 
 
+def test_drawing_on_from_an_image(sd, pipe):
+    """diffusers' image to image, from the same latents (its own encoder adds noise to them)."""
+    from_image = diffusers.StableDiffusionImg2ImgPipeline(
+        **{k: v for k, v in pipe.components.items() if k not in ("controlnet", "image_encoder")},
+        requires_safety_checker=False,
+    )
+    from_image.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    theirs = from_image(
+        "a red ball",
+        image=sd.encode_images([image]),
+        strength=0.5,
+        num_inference_steps=10,
+        guidance_scale=4.0,
+        generator=torch.Generator("cpu").manual_seed(5),
+        output_type="np",
+    ).images[0]
+    [ours] = sd.generate("a red ball", image=image, denoise=0.5, num_steps=10, guidance_scale=4.0, seed=5)
+    assert levels(ours, theirs) <= 1
+
+
+def test_drawing_inside_a_mask(sd, pipe, monkeypatch):
+    """diffusers' inpainting with a plain U-Net; pixels of the mask are put back by minicn alone."""
+    inside = diffusers.StableDiffusionInpaintPipeline(
+        **{k: v for k, v in pipe.components.items() if k not in ("controlnet", "image_encoder")},
+        requires_safety_checker=False,
+    )
+    inside.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 40, 96, 120))
+    monkeypatch.setattr(inside, "_encode_vae_image", lambda *_, **__: sd.encode_images([image]))  # its own is noisy
+    theirs = inside(
+        "a red ball",
+        image=image,
+        mask_image=mask,
+        height=128,
+        width=128,
+        strength=1.0,
+        num_inference_steps=10,
+        guidance_scale=4.0,
+        generator=torch.Generator("cpu").manual_seed(5),
+        output_type="np",
+    ).images[0]
+    [ours] = sd.generate("a red ball", image=image, mask=mask, num_steps=10, guidance_scale=4.0, seed=5)
+    drawn = np.asarray(mask) > 0
+    assert levels(np.asarray(ours)[drawn], theirs[drawn]) <= 1
+    assert np.array_equal(np.asarray(ours)[~drawn], np.asarray(image)[~drawn])
+
+
+def test_residuals_averaged_over_all_positions(control_folder, sd, pipe, inputs, tmp_path):
+    """v1.1's "shuffle": global_pool_conditions, which diffusers lets control the conditional half alone."""
+    shutil.copytree(control_folder, tmp_path / "shuffle")
+    config = json.loads((control_folder / "config.json").read_text()) | {"global_pool_conditions": True}
+    (tmp_path / "shuffle" / "config.json").write_text(json.dumps(config))
+    pooled = diffusers.StableDiffusionControlNetPipeline(
+        **{**pipe.components, "controlnet": diffusers.ControlNetModel.from_pretrained(tmp_path / "shuffle")},
+        requires_safety_checker=False,
+    )
+    pooled.set_progress_bar_config(disable=True)
+    hint, settings = inputs["hint"][:1, :, :, :128], {"guidance_scale": 4.0}
+    theirs = pooled(
+        "a red ball",
+        image=hint,
+        num_inference_steps=5,
+        generator=torch.Generator("cpu").manual_seed(5),
+        output_type="np",
+        **settings,
+    ).images[0]
+    net = ControlNet.load(tmp_path / "shuffle", unet=sd.unet)
+    [ours] = sd.generate("a red ball", hint=hint, controlnet=net, num_steps=5, seed=5, **settings)
+    assert levels(ours, theirs) <= 1
+
+
+def test_blip_captions_a_picture(tmp_path):
+    """A BLIP model of random weights, as transformers saves it, captions through `--captioner`."""
+    vision = transformers.BlipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, image_size=32
+    )
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", "red", "ball"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    text = transformers.BlipTextConfig(
+        vocab_size=len(words), hidden_size=16, encoder_hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, bos_token_id=5, sep_token_id=3, pad_token_id=0, eos_token_id=3,
+    )  # fmt: skip
+    config = transformers.BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), image_text_hidden_size=16)
+    transformers.BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    transformers.BlipProcessor(
+        transformers.BlipImageProcessorPil(size=size), transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
+    ).save_pretrained(tmp_path)
+    caption = captioning.blip(str(tmp_path))(Image.new("RGB", (40, 40), "red"))
+    assert set(caption.split()) <= {"red", "ball", "[UNK]", "[MASK]", "[DEC]", "[ENC]"}
+
+
 def test_the_command_line_draws_the_same(folder, control_folder, pipe, tmp_path, inputs):
     """`minicn generate` on diffusers' own folders, hint from a PNG."""
     hint = Image.fromarray((inputs["hint"][0, :, :, :128].permute(1, 2, 0) * 255).byte().numpy())
@@ -351,9 +447,15 @@ def test_diffusers_reads_what_minicn_converts(folder, control_folder, pipe, inpu
         diffusers.AutoencoderKL.from_pretrained(tmp_path / "model" / "vae"),
     ):
         assert torch.equal(vae.eval().decode(x).sample, want)
-    whole = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     tokens = torch.arange(77)[None]
-    assert torch.equal(whole.text_encoder(tokens)[0], pipe.text_encoder(tokens)[0])
+    for whole in (
+        diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None),
+        diffusers.StableDiffusionPipeline.from_single_file(
+            str(tmp_path / "model.safetensors"), config=str(folder), safety_checker=None, **local
+        ),
+    ):
+        assert torch.equal(whole.text_encoder(tokens)[0], pipe.text_encoder(tokens)[0])
+        assert torch.equal(whole.unet(x, t, context).sample, pipe.unet(x, t, context).sample)
 
 
 def test_what_diffusers_saves_in_its_variants_loads(folder, control_folder, sd, net, tmp_path):

@@ -1,5 +1,6 @@
 """Names of Hugging Face repositories: what lies in the cache loads without a network. Needs the extra `hub`."""
 
+import fnmatch
 import shutil
 
 import pytest
@@ -63,6 +64,25 @@ def test_an_old_repository_without_safetensors_loads(cache, tmp_path):
     path.unlink()
     put(cache, "someone/old", tmp_path / "folder")
     assert same(ControlNet.load("someone/old"), net)
+
+
+def test_each_part_of_a_repository_has_its_own_kind_of_file(cache, tmp_path, monkeypatch):
+    """The U-Net .safetensors, the autoencoder .bin alone; the safety checker, which is not used, is not fetched."""
+    from minicn import files
+
+    shutil.copytree(hub.TOY_BASE, tmp_path / "sd")
+    path = tmp_path / "sd" / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(files.read(path), path.with_suffix(".bin"))
+    path.unlink()
+    put(cache, "someone/mixed", tmp_path / "sd")
+    asked, fetch = [], hub.fetch_folder
+    monkeypatch.setattr(
+        hub, "fetch_folder", lambda name, patterns, *rest: asked.extend(patterns) or fetch(name, patterns, *rest)
+    )
+    assert same(StableDiffusion.load("someone/mixed").vae, StableDiffusion.load("toy").vae)
+    assert "vae/diffusion_pytorch_model*" in asked
+    assert "unet/diffusion_pytorch_model*" not in asked
+    assert not any(fnmatch.fnmatch("safety_checker/model.safetensors", pattern) for pattern in asked)
 
 
 def test_a_single_file_takes_the_cached_tokenizer(cache, tmp_path):
