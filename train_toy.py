@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     started = time.time()
     with cli.polite_errors(args.output):
+        training.process()
         device = cli.device(args.device)
         cli.check_folder(args.output)
         torch.manual_seed(args.seed)

@@ -270,7 +270,7 @@ def inspect(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     cli.check_folder(args.output)
-    device, first = cli.device(args.device), training.process()[0] == 0
+    first, device = training.process()[0] == 0, cli.device(args.device)
     pairs = data.read_pairs(args.data)
     names = [field.name for field in dataclasses.fields(training.Recipe)]
     recipe = training.Recipe(**{name: getattr(args, name) for name in names})

@@ -4,8 +4,8 @@ Source: Zhang and Agrawala, arXiv:2302.05543v1, eq. (10) and section "Training";
 train_toy.py and `minicn train`. What a run leaves on disk is in recording.py.
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
 import os
 import statistics
@@ -176,9 +176,16 @@ def lock(unet: UNet, net: ControlNet, recipe: Recipe) -> list[dict]:
     return groups + ([{"params": unlocked, "lr": recipe.unlock_lr}] if unlocked else [])
 
 
+def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
+    """Return what computes in a recipe's precision, inside `with`; the weights stay in float32."""
+    return torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "float32")
+
+
 def process() -> tuple[int, int]:
     """Return this process's number and how many there are: (0, 1) unless torchrun started several."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # what "cuda" means from now on
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -197,7 +204,8 @@ def train(
 ) -> None:
     """Train a ControlNet by a recipe; leave log, sheets, checkpoints and weights (both layouts) in the run's folder.
 
-    Under torchrun every process takes its share of each batch; the first one draws, logs and saves.
+    Under torchrun every process takes its share of each batch (DDP; with unlock "all", of the model, too: FSDP2); the first
+    one draws, logs and saves.
     Ctrl-C or SIGTERM lets the step end, saves checkpoint and weights, then raises KeyboardInterrupt. Raises ValueError,
     naming step and samples, if the loss is no number any more.
     """
@@ -218,38 +226,56 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
     net.train().to(memory_format=torch.channels_last)
     groups = lock(sd.unet, net, recipe)
     net.gradient_checkpointing = sd.unet.gradient_checkpointing = recipe.gradient_checkpointing
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
-    parts = {"net": net, "optimizer": optimizer, "scaler": scaler}
-    if recipe.unlock != "none":
-        parts["unet"] = sd.unet
-    done = 0
+    parts = {"net": net, "scaler": scaler} | ({} if recipe.unlock == "none" else {"unet": sd.unet})
+    state = run.load() if resume else {"step": 0}
+    done = state["step"]
     if resume:
-        state = run.load()
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        done = state["step"]
     joint = Joint(sd.unet, net)
-    model = nn.parallel.DistributedDataParallel(joint) if world > 1 else joint
+    model, sharded = joint, world > 1 and recipe.unlock == "all"
+    if sharded:
+        from minicn import sharding
+
+        model = sharding.shard(joint)
+        groups, synchronise = lock(model.unet, model.net, recipe), model.set_requires_gradient_sync
+    elif world > 1:
+        model = nn.parallel.DistributedDataParallel(joint)
+        synchronise = functools.partial(setattr, model, "require_backward_grad_sync")
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    if resume and sharded:
+        sharding.load_optimizer(model, optimizer, state["optimizer"])
+    elif resume:
+        if any(isinstance(key, str) for key in state["optimizer"]["state"]):
+            raise ValueError("the checkpoint was made with --unlock all by several processes: resume it so")
+        optimizer.load_state_dict(state["optimizer"])
     abar, rates = sd.alphas_cumprod.to(device), [group["lr"] for group in groups]
+    del state, groups
     share = recipe.batch_size // (world * recipe.accumulate)
-    autocast = torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "float32")
 
     def look(step: int, seconds: float) -> float:
         loss = statistics.fmean(run.losses or [math.nan])
         run.losses.clear()
         score, more = math.nan, {}
         if validation is not None:
+            seen = (sd.vae, sd.text_encoder, *([joint] if sharded else []))
+            for part in seen:
+                part.to(device)
             images = validation.draw(net.eval())
             score, more = validation.score(images), validation.losses(net)
             net.train()
             run.save_stage(step, images)
+            for part in seen:
+                part.to("cpu")
         more = {name: float(f"{value:.5g}") for name, value in {**more, **zero_norms(net)}.items()}
         run.log(step=step, loss=round(loss, 5), score=round(score, 4), seconds=round(seconds, 1), **more)
         if validation is not None:
             run.save_sheet(validation)
         return score
 
+    for part in (sd.vae, sd.text_encoder):  # what they had to say lies in `examples`
+        part.to("cpu")
     if not done and rank == 0:
         look(0, 0.0)
     bar = tqdm(
@@ -272,15 +298,17 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
                 part = slice(begin, begin + share)
                 batch = examples.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, device, part)
                 samples += batch.samples.tolist()
-                last = i == recipe.accumulate - 1
-                with autocast, contextlib.nullcontext() if last or world == 1 else model.no_sync():
+                if world > 1:  # the processes' gradients meet at the last part
+                    synchronise(i == recipe.accumulate - 1)
+                with autocast(device, recipe):
                     loss = model(batch, abar).sum() / recipe.batch_size
-                    scaler.scale(loss * world).backward()  # DDP takes the mean over the processes
+                scaler.scale(loss * world).backward()  # both engines take the mean over the processes
                 error += loss.detach()
-            asked = torch.tensor([error.item(), float(stop.asked)], dtype=torch.float64)
+            value, stopping = error.item(), stop.asked
             if world > 1:
-                dist.all_reduce(asked)
-            value, stopping = asked[0].item(), asked[1].item() > 0
+                both = torch.tensor([value, float(stopping)], dtype=torch.float64, device=device)
+                dist.all_reduce(both)
+                value, stopping = both[0].item(), both[1].item() > 0
             if not math.isfinite(value):
                 kept = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
                 raise ValueError(
@@ -295,13 +323,20 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
             run.losses.append(value)
             if step % 20 == 0:
                 bar.set_postfix(shown | {"loss": f"{statistics.fmean(run.losses):.4f}"}, refresh=False)
-            if rank == 0 and (step % score_every == 0 or step == recipe.steps):
+            looking = step % score_every == 0 or step == recipe.steps
+            saving = step % checkpoint_every == 0 or step == recipe.steps or stopping
+            if sharded and (looking or saving):
+                sharding.gather(model, joint)
+            if rank == 0 and looking:
                 shown["score"] = f"{look(step, earlier + bar.format_dict['elapsed']):.2f}"
-            if rank == 0 and (step % checkpoint_every == 0 or step == recipe.steps or stopping):
-                run.save(step, {name: part.state_dict() for name, part in parts.items()})
+            if saving:
+                moments = sharding.optimizer_state(model, optimizer) if sharded else optimizer.state_dict()
+                if rank == 0:
+                    run.save(step, {name: part.state_dict() for name, part in parts.items()} | {"optimizer": moments})
             if stopping:
                 break
     bar.close()
+    sd.to(device)
     if rank == 0:
         net.save(run.folder / "controlnet.safetensors")
         net.save(run.folder / "diffusers", layout="diffusers")
@@ -310,7 +345,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
         if not stopping:
             run.finish()
     if stopping:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"after step {step} of {recipe.steps}")
 
 
 def save_whole_model(sd: StableDiffusion, net: ControlNet, path) -> None:

@@ -27,6 +27,7 @@ from minicn import (
     training,
     weights,
 )
+from minicn.pipeline import load_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,24 +160,35 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, capsys, arguments):
     assert "a batch of 4 cannot be shared by 1 processes" in capsys.readouterr().err
 
 
-def _one_of_two(rank, folder, dezero, examples):
-    """A process of its own, as torchrun starts them."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+def _one_of_two(rank, folder, dezero, examples, unlock, port):
+    """A process of its own, as torchrun starts them; two runs, the second one resumed."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    model = tiny(dezero)
-    recipe = training.Recipe(steps=3, lr=1e-3, batch_size=8, accumulate=2)
-    run = recording.Run(folder / "two", dataclasses.asdict(recipe))
-    if rank == 0:
-        run.prepare(False)
-    training.train(model, fresh(model), examples, None, run, recipe, score_every=1)
+    for steps in (2, 3) if unlock == "all" else (3,):
+        model = tiny(dezero)
+        recipe = training.Recipe(steps=steps, lr=1e-3, batch_size=8, accumulate=2, unlock=unlock, unlock_lr=1e-3, lr_decay=0)
+        run = recording.Run(folder / "two", dataclasses.asdict(recipe))
+        if rank == 0:
+            run.prepare(steps == 3 and unlock == "all")
+        training.train(model, fresh(model), examples, None, run, recipe, score_every=1, resume=run.checkpoint.is_file())
+        torch.distributed.barrier()
 
 
-def test_two_processes_give_the_weights_of_one(sd, examples, tmp_path, dezero):
-    """DDP over gloo, each process with two parts: the ControlNet of one process, up to rounding; one log."""
-    one = train(sd, examples, tmp_path / "one", batch_size=8, every=1)
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path, dezero, examples), nprocs=2)
+@pytest.mark.parametrize(("unlock", "port"), [("none", 29517), ("all", 29518)])
+def test_two_processes_give_the_weights_of_one(examples, tmp_path, dezero, unlock, port):
+    """Over gloo, each process with two parts: the models of one process, up to rounding; one log.
+
+    DDP; with all unlocked FSDP2, in parts, and resumed from a checkpoint.
+    """
+    sd, start = tiny(dezero), tiny(dezero)
+    one = train(sd, examples, tmp_path / "one", batch_size=8, every=1, unlock=unlock, unlock_lr=1e-3, lr_decay=0)
+    torch.multiprocessing.spawn(_one_of_two, (tmp_path, dezero, examples, unlock, port), nprocs=2)
     two = ControlNet.load(tmp_path / "two" / "controlnet.safetensors")
     assert distance(two, one) < 0.02 * distance(one, fresh(sd))
+    if unlock == "all":
+        unet = load_model("unet", weights.contents(files.open_weights(tmp_path / "two" / "model.safetensors")))
+        assert distance(sd.unet, start.unet) > 1e-3
+        assert distance(unet, sd.unet) < 0.02 * distance(sd.unet, start.unet)
     logs = [list(csv.DictReader((tmp_path / n / "log.csv").read_text().splitlines())) for n in ("one", "two")]
     assert [row["step"] for row in logs[1]] == ["0", "1", "2", "3"]
     for a, b in zip(*(log[1:] for log in logs), strict=True):
