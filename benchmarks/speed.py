@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py --folder /tmp/full                    one guided step with ControlNet, float32 and bfloat16
     python benchmarks/speed.py --folder /tmp/full --what picture     a whole picture, with VAE and text
+    python benchmarks/speed.py --folder /tmp/full --what memory      the most memory that a picture takes
     python benchmarks/speed.py --folder /tmp/full --what load        from safetensors to ready, with the peak memory
     python benchmarks/speed.py --folder /tmp/full --what parity      relative errors instead of seconds
 
@@ -12,7 +13,6 @@ where the weights are made at the first run. `--narrow` tries the script itself,
 import argparse
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig, ddim
+from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig, ddim, ledger
 from minicn.hub import TOY_BASE
 from minicn.pipeline import Control
 from minicn.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ PROMPT = "a red ball beside a yellow person on a white background"
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the random weights are, or are to be made")
-    parser.add_argument("--what", choices=("step", "picture", "load", "parity"), default="step")
+    parser.add_argument("--what", choices=("step", "picture", "memory", "load", "parity"), default="step")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5, help="runs of each, interleaved")
     parser.add_argument("--steps", type=int, default=20, help="picture: DDIM steps")
@@ -177,7 +177,7 @@ def measure_one(args) -> None:
     if args.one == "diffusers":
         import diffusers  # noqa: F401  (the time of importing is not that of loading)
         from diffusers import StableDiffusionControlNetPipeline  # noqa: F401
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = ledger.kilobytes(ledger.STATUS, "VmHWM")
     start = time.perf_counter()
     if args.one == "minicn":
         sd, net = ours(args, dtype)
@@ -186,15 +186,15 @@ def measure_one(args) -> None:
         pipe = theirs(args, dtype)
         models = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.controlnet]
     seconds = time.perf_counter() - start
-    if args.what == "picture":
+    if args.what == "memory":
         hint = torch.rand(1, 3, args.size, args.size, generator=torch.Generator().manual_seed(0))
         if args.one == "minicn":
             sd.generate(PROMPT, hint=hint, controlnet=net, num_steps=args.steps)
         else:
             pipe(PROMPT, image=hint, num_inference_steps=args.steps, guidance_scale=9.0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = ledger.kilobytes(ledger.STATUS, "VmHWM")  # not getrusage's, which a process has from its parent
     size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-    print(json.dumps({"seconds": seconds, "peak": (peak - before) * 1024 / size, "gb": peak * 1024 / 1e9}))
+    print(json.dumps({"seconds": seconds, "peak": (peak - before) / size, "gb": peak / 1e9}))
 
 
 @torch.no_grad()
@@ -240,6 +240,10 @@ def main() -> None:
         return
     print("| | minicn | diffusers | ratio |\n| --- | --- | --- | --- |")
     for name in args.dtype:
+        if args.what == "memory":
+            a, b = (in_process(args, name, one)["gb"] for one in ("minicn", "diffusers"))
+            print(f"| {name}, peak memory of a process, GB | {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)
+            continue
         if args.what == "load":
             runs = {one: [in_process(args, name, one) for _ in range(args.repeats)] for one in ("minicn", "diffusers")}
             for key, what in (("seconds", "seconds to load"), ("peak", "peak memory / weights")):
@@ -250,9 +254,6 @@ def main() -> None:
         a, b = statistics.median(seconds["minicn"]), statistics.median(seconds["diffusers"])
         print(f"| {name}, {args.what}, seconds | {a:.3f} | {b:.3f} | {a / b:.2f} |", flush=True)
         gc.collect()
-        if args.what == "picture":
-            a, b = (in_process(args, name, one)["gb"] for one in ("minicn", "diffusers"))
-            print(f"| {name}, peak memory of a process, GB | {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=count, default=1000, help="steps between checkpoints")
     add("--keep", type=cli.whole(0), default=0, help="older checkpoints that stay")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    add("--dry-run", action="store_true", help="only print what memory the run would need, predicted and measured")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a single file (default: CLIP's from the cache)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
 
@@ -280,7 +281,7 @@ def train(args: argparse.Namespace) -> None:
         raise ValueError(f"--resolution is {size}, but must be a multiple of 8")
     settings = {"data": str(args.data), "pairs": len(pairs), "model": str(args.model), "resolution": size}
     run = recording.Run(args.output, dataclasses.asdict(recipe) | settings, args.keep)
-    if first:
+    if first and not args.dry_run:
         run.prepare(args.resume)
     torch.manual_seed(args.seed)
     torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them many times slower
@@ -288,7 +289,11 @@ def train(args: argparse.Namespace) -> None:
         net = ControlNet.from_unet(sd.unet)
     else:
         net = ControlNet.load(args.controlnet, unet=sd.unet, device=device)
-    examples = training.Examples.from_pairs(sd, pairs, size)
+    if args.dry_run:
+        dry_run(sd, net, recipe, size)
+        return
+    with training.first_alone():  # it encodes, the others read
+        examples = training.Examples.from_pairs(sd, pairs, size, keep=run.encoded)
     shown = [data.load_pair(pair, size) for pair in pairs[: args.pictures]] if first else []
     validation = None
     if shown:
@@ -306,6 +311,22 @@ def train(args: argparse.Namespace) -> None:
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
     )
+
+
+def dry_run(sd: StableDiffusion, net: ControlNet, recipe: training.Recipe, size: int) -> None:
+    """Print what a run would need of memory: predicted, then, if this machine has as much, measured over a step."""
+    from minicn import ledger  # its imports take a second
+
+    device, world = sd.device, training.process()[1]
+    predicted, free = ledger.predict(sd.unet, net, recipe, size, world, device), ledger.free(device)
+    measured = None
+    if free is not None and predicted.peak - predicted.weights < free:
+        sd.prepare(net)
+        measured = ledger.measure(sd.unet, net, recipe, size, world, device)
+    print(ledger.table(predicted, measured))
+    if measured is None:
+        there = "this system does not say how much memory is used" if free is None else f"only {free / 1e6:,.0f} MB are free"
+        print(f"not measured: {there}")
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -327,7 +348,7 @@ def make_data(args: argparse.Namespace) -> None:
         pairs = data.circles(args.count, args.seed)
     else:
         pairs = data.toy_pairs(args.count, args.condition)
-    count = data.write_pairs(args.folder, tqdm(pairs, desc="drawing", unit="pair", total=args.count))
+    count = data.write_pairs(args.folder, pairs, args.count)
     print(f"{args.folder}: {count} pairs; look at them with: minicn check-data {args.folder}")
 
 

@@ -107,7 +107,8 @@ def polite_errors(output: Path | None = None) -> Iterator[None]:
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         kept = output is not None and (output / "checkpoint.pt").is_file()
-        print("stopped" + (f"; {output} holds a checkpoint, --resume goes on" if kept else ""), file=sys.stderr)
+        ending = f"; {output} holds a checkpoint, --resume goes on" if kept else "; nothing to resume yet" if output else ""
+        print(f"stopped {stop}".rstrip() + ending, file=sys.stderr)
         sys.exit(130)

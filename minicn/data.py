@@ -5,12 +5,14 @@ Hugging Face's image folder: `metadata.jsonl`, a JSON object a line with `condit
 """
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from minicn import conditions, toy
 
@@ -120,29 +122,33 @@ def looks_inverted(hint: np.ndarray) -> bool:
     return bool(grey and np.mean(hint > 200) > 0.6 and np.mean(hint < 55) > 0.001)
 
 
-def contact_sheet(pairs: list[Pair], count: int = 24, side: int = 96) -> Image.Image:
-    """Draw up to `count` pairs, evenly chosen: hint, image, the beginning of the prompt; what is missing is red."""
+def contact_sheet(pairs: list[Pair], count: int = 24, side: int = 96, lines: int = 4) -> Image.Image:
+    """Draw up to `count` pairs, evenly chosen: hint, image, the prompt in up to `lines`; what is missing is red."""
     chosen = [pairs[round(i)] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs)))]
     across = min(8, len(chosen))
     rows = -(-len(chosen) // across)
-    sheet = Image.new("RGB", (across * (side + 4), rows * (2 * side + 20)), "white")
+    height = 2 * side + 12 * lines + 8
+    sheet = Image.new("RGB", (across * (side + 4), rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for i, pair in enumerate(chosen):
-        x, y = i % across * (side + 4), i // across * (2 * side + 20)
+        x, y = i % across * (side + 4), i // across * height
         for j, path in enumerate((pair.hint, pair.image)):
             try:
                 picture = conditions.load_image(path).resize((side, side), Image.Resampling.BOX)
             except (OSError, ValueError):
                 picture = Image.new("RGB", (side, side), "red")
             sheet.paste(picture, (x, y + j * side))
-        draw.text((x + 2, y + 2 * side + 3), pair.prompt[:15], fill="black")
+        caption = (
+            textwrap.wrap(pair.prompt, 16, max_lines=lines, placeholder="...") if pair.prompt.strip() else ["(no prompt)"]
+        )
+        draw.text((x + 2, y + 2 * side + 3), "\n".join(caption), fill="black", spacing=1)
     return sheet
 
 
 # Making
 
 
-def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray, str]]) -> int:
+def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray, str]], total: int | None = None) -> int:
     """Write (hint, image, prompt) in the tutorial's format and return how many. The table is written last.
 
     Raises ValueError if the folder holds a table already.
@@ -154,7 +160,7 @@ def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray
     lines = []
     for name in ("source", "target"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, (hint, image, prompt) in enumerate(pairs):
+    for i, (hint, image, prompt) in enumerate(tqdm(pairs, desc="drawing", unit="pair", total=total)):
         for name, picture in (("source", hint), ("target", image)):
             Image.fromarray(picture).save(folder / name / f"{i}.png")
         lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))

@@ -4,6 +4,8 @@ Predicted: a step on tensors that have shapes but no numbers (PyTorch's FakeTens
 measured: the same step with numbers, by what the device, or on CPUs the operating system, says.
 """
 
+import contextlib
+import ctypes
 import gc
 import weakref
 from collections.abc import Iterable
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minicn import ddim, training
+from minicn import ddim, training, weights
 from minicn.controlnet import ControlNet
 from minicn.unet import UNet
 
@@ -66,7 +68,7 @@ def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, dev
     return training.Batch(t, latents, torch.randn_like(latents), hints, t, torch.randn(n, 77, width, device=device))
 
 
-def step(unet, net, optimizer, batch, alphas_cumprod, recipe: training.Recipe, seen) -> None:
+def step(unet, net, optimizer, batch, alphas_cumprod, recipe: training.Recipe, seen=lambda name: None) -> None:
     """Do what a training step does; call `seen` when the last loss is known, and when the gradients are."""
     for i in range(recipe.accumulate):
         with training.autocast(batch.latents.device, recipe):
@@ -89,57 +91,57 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
         unet, net = UNet(unet.cfg), ControlNet(net.cfg)
         for model in (unet, net):
             model.gradient_checkpointing = recipe.gradient_checkpointing
-            for parameter in model.parameters():
-                parameter.data = (
-                    parameter.data.contiguous(memory_format=torch.channels_last) if parameter.ndim == 4 else parameter.data
-                )
+            weights.prepare(model)
         groups = training.lock(unet, net, recipe)
         optimizer = torch.optim.AdamW(groups, fused=True)
         batch, abar = example(net, recipe, size, world, device), torch.rand(ddim.NUM_TRAIN_TIMESTEPS)
-        weights = sum(p.numel() * p.element_size() for model in (unet, net) for p in model.parameters())
-        learned = sum(p.numel() * p.element_size() for group in groups for p in group["params"])
+        parameters = [p for model in (unet, net) for p in model.parameters()]
+        learned = size_of(p for group in groups for p in group["params"])
         alive = {}
-        there = [p for model in (unet, net) for p in model.parameters()] + list(vars(batch).values()) + [abar]
-        with Living(there) as living:
-            step(unet, net, optimizer, batch, abar, recipe, lambda name: None)
+        with Living([*parameters, *vars(batch).values(), abar]) as living:
+            step(unet, net, optimizer, batch, abar, recipe)
             gc.collect()  # fake tensors point at each other
             optimiser, living.most = living.now, living.now
             step(unet, net, optimizer, batch, abar, recipe, lambda name: alive.update({name: living.now - optimiser}))
         held = learned if recipe.accumulate > 1 else 0  # gradients of the parts before
-    return Ledger(weights, learned, optimiser, alive["activations"] - held, weights + living.most)
+        whole = size_of(parameters)
+    return Ledger(whole, learned, optimiser, alive["activations"] - held, whole + living.most)
 
 
 def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
-    """Return what two steps on noise took, the second one counted. The models learn; the run must end here."""
-    weights = sum(p.numel() * p.element_size() for model in (unet, net) for p in model.parameters())
+    """Return what a step on noise took, the third of three. The models learn; the run must end here."""
+    whole = size_of(p for model in (unet, net) for p in model.parameters())
     optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=True)
     batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
     for model in (unet, net):
         model.gradient_checkpointing = recipe.gradient_checkpointing
     alive = {}
+    warm_up = torch.optim.SGD(net.parameters(), lr=0.0)  # keeps no moments
+    step(unet, net, warm_up, batch, abar, recipe)  # libraries fetch what they keep for good
     before = allocated(device)
-    step(unet, net, optimizer, batch, abar, recipe, lambda name: None)
+    step(unet, net, optimizer, batch, abar, recipe)
     optimiser = allocated(device) - before
+
+    def note(name: str) -> None:
+        alive[name] = allocated(device) - before - optimiser
+
     with Peak(device) as peak:
-        step(
-            unet,
-            net,
-            optimizer,
-            batch,
-            abar,
-            recipe,
-            lambda name: alive.update({name: allocated(device) - before - optimiser}),
-        )
-    gradients = alive["gradients"]
-    held = gradients if recipe.accumulate > 1 else 0
-    return Ledger(weights, gradients, optimiser, alive["activations"] - held, weights + peak.bytes - before)
+        step(unet, net, optimizer, batch, abar, recipe, note)
+    held = alive["gradients"] if recipe.accumulate > 1 else 0
+    return Ledger(whole, alive["gradients"], optimiser, alive["activations"] - held, whole + peak.bytes - before)
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def allocated(device: torch.device) -> int:
     """Return the bytes in use: of tensors on a GPU; on CPUs, where only the system knows, of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _status("VmRSS")
+    with contextlib.suppress(AttributeError, OSError):  # not with every C library
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, which counts
+    return kilobytes(STATUS, "VmRSS")
 
 
 class Peak:
@@ -156,11 +158,21 @@ class Peak:
         return self
 
     def __exit__(self, *error) -> None:
-        self.bytes = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+        self.bytes = (
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else kilobytes(STATUS, "VmHWM")
+        )
 
 
-def _status(name: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if line.startswith(name))
+def free(device: torch.device) -> int | None:
+    """Return the bytes that are free; None where neither device nor system says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return kilobytes(Path("/proc/meminfo"), "MemAvailable") if device.type == "cpu" and STATUS.is_file() else None
+
+
+def kilobytes(path: Path, name: str) -> int:
+    """Return a number of a table of Linux, in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
 
 
 def table(predicted: Ledger, measured: Ledger | None) -> str:
@@ -168,6 +180,6 @@ def table(predicted: Ledger, measured: Ledger | None) -> str:
     lines = [f"{'MB':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
     for name, value in vars(predicted).items():
         found = getattr(measured, name) if measured else None
-        more = f"{found / 1e6:12,.1f}{value / found:8.2f}" if found else ""
+        more = "" if found is None else f"{found / 1e6:12,.1f}" + (f"{value / found:8.2f}" if found > 0 else "")
         lines.append(f"{name:<12}{value / 1e6:12,.1f}{more}")
     return "\n".join(lines)

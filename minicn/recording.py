@@ -163,9 +163,16 @@ class Run:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
+    @property
+    def encoded(self) -> Path:
+        """Latents and text features of a data folder, for `resume`."""
+        return self.folder / "encoded.safetensors"
+
     def prepare(self, resume: bool) -> None:
         """Make the folder. Raises ValueError if it holds a run already, or none to resume, or another process uses it."""
         check_resume(self.checkpoint, resume)
+        if not resume:
+            self.encoded.unlink(missing_ok=True)
         (self.folder / "stages").mkdir(parents=True, exist_ok=True)
         try:
             import fcntl

@@ -4,14 +4,16 @@ Source: Zhang and Agrawala, arXiv:2302.05543v1, eq. (10) and section "Training";
 train_toy.py and `minicn train`. What a run leaves on disk is in recording.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -77,16 +79,26 @@ class Examples:
         return cls(encode(sd.vae, stack(images)), stack(hints), *encode_prompts(sd, captions))
 
     @classmethod
-    def from_pairs(cls, sd: StableDiffusion, pairs: list[data.Pair], size: int, batch_size: int = 8) -> "Examples":
+    def from_pairs(
+        cls, sd: StableDiffusion, pairs: list[data.Pair], size: int, batch_size: int = 8, keep: Path | None = None
+    ) -> "Examples":
         """Encode a data folder's images and prompts; the hints stay on disk.
 
+        keep  file in which latents and text features are kept; if it is there, they are read instead of made
         Raises FileNotFoundError or ValueError, naming the file, for a picture that is missing or does not fit.
         """
+        if keep is not None and keep.is_file():
+            kept = files.read(keep)
+            return cls(kept["latents"], pairs, kept["contexts"], kept["prompt"])
         latents = []
         for i in tqdm(range(0, len(pairs), batch_size), desc="encoding", unit="batch"):
             images = [data.load_pair(pair, size)[1] for pair in pairs[i : i + batch_size]]
             latents.append(encode(sd.vae, stack(images)))
-        return cls(torch.cat(latents), pairs, *encode_prompts(sd, [pair.prompt for pair in pairs]))
+        contexts, prompt = encode_prompts(sd, [pair.prompt for pair in pairs])
+        made = {"latents": torch.cat(latents), "contexts": contexts, "prompt": prompt}
+        if keep is not None:
+            files.write(keep, made)
+        return cls(made["latents"], pairs, contexts, prompt)
 
     def hints_of(self, samples: Tensor) -> Tensor:
         """Return the hints (B, 3, H, W) uint8 of some samples."""
@@ -188,6 +200,17 @@ def process() -> tuple[int, int]:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # what "cuda" means from now on
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Inside `with`, the first process goes ahead; the others follow when it is through."""
+    rank, world = process()
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and not rank:
+        dist.barrier()
 
 
 def train(

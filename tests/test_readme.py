@@ -46,12 +46,14 @@ def test_the_commands_for_real_weights_are_commands():
 def test_the_commands_for_training_run(tmp_path, monkeypatch):
     """`make-data`, `check-data` and `train`, as they stand but for the numbers, which are smaller here."""
     commands = re.findall(r"^    minicn (.*)$", README.split("## Train on")[1].split("\n## ")[0], re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["make-data", "check-data", "train"]
+    assert [command.split()[0] for command in commands] == ["make-data", "check-data", "train", "train"]
     monkeypatch.chdir(tmp_path)
     for command in commands:
         fewer = command.replace("1000", "1") + (" --batch-size 1 --pictures 0" if command.startswith("train") else "")
         assert __main__.main(shlex.split(fewer)) == 0
     assert (tmp_path / "runs" / "circles" / "diffusers" / "config.json").is_file()
+    [several] = re.findall(r"^    torchrun --nproc-per-node 2 -m minicn (.*)$", README, re.MULTILINE)
+    assert several in (ROOT / ".ci" / "run").read_text()  # which runs it
 
 
 def test_the_file_guide_names_every_file_and_no_other():

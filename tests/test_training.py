@@ -15,13 +15,16 @@ from PIL import Image
 
 from minicn import (
     ControlNet,
+    ControlNetConfig,
     StableDiffusion,
     UNet,
     UNetConfig,
     __main__,
     data,
+    ddim,
     files,
     hub,
+    ledger,
     recording,
     toy,
     training,
@@ -382,3 +385,93 @@ def test_a_picture_that_vanishes_during_training_is_named(sd, folder, tmp_path):
         pair.hint.unlink()
     with pytest.raises(FileNotFoundError, match=r"source/\d\.png does not exist"):
         train(sd, examples, tmp_path / "run")
+
+
+def test_what_was_encoded_is_not_encoded_again(sd, folder, tmp_path, monkeypatch):
+    """Latents and text features of a run lie on disk, for --resume; a new run makes its own."""
+    pairs, keep = data.read_pairs(folder), recording.Run(tmp_path, {}).encoded
+    first = training.Examples.from_pairs(sd, pairs, 64, keep=keep)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "encode", lambda *_: pytest.fail("encoded again"))
+        again = training.Examples.from_pairs(sd, pairs, 64, keep=keep)
+    for name in ("latents", "contexts", "prompt"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    recording.Run(tmp_path, {}).prepare(False)
+    assert not keep.exists()
+
+
+# The ledger
+
+
+SHAPES = (UNetConfig(model_channels=64, context_dim=64), 128)
+
+
+def test_the_ledger_counts_weights_gradients_and_moments(dezero):
+    """Exactly, for each regime: a gradient and two moments of float32 for each weight that learns."""
+    cfg, size = SHAPES
+    with torch.device("meta"):
+        unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("unet", unet), ("net", net))}
+    decoder = sum(p.numel() for part in (unet.output_blocks, unet.out) for p in part.parameters())
+    learned = {"none": count["net"], "decoder": count["net"] + decoder, "all": count["net"] + count["unet"]}
+    for unlock, numbers in learned.items():
+        recipe = training.Recipe(steps=1, batch_size=1, unlock=unlock)
+        found = ledger.predict(unet, net, recipe, size, 1, torch.device("cpu"))
+        assert found.weights == 4 * (count["unet"] + count["net"])
+        assert found.gradients == 4 * numbers
+        assert abs(found.optimiser - 8 * numbers) < 1e5  # and a counter for each tensor
+        assert found.weights + found.optimiser < found.peak
+        assert found.peak < found.weights + found.optimiser + found.gradients + 1.5 * found.activations
+
+
+def test_the_ledger_knows_what_saves_memory():
+    """Gradient checkpointing and parts of a batch keep less for the way back; twice the batch keeps twice as much."""
+    cfg, size = SHAPES
+    with torch.device("meta"):
+        unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
+
+    def activations(**settings):
+        recipe = training.Recipe(**{"steps": 1, "batch_size": 2} | settings)
+        return ledger.predict(unet, net, recipe, size, 1, torch.device("cpu")).activations
+
+    plain = activations()
+    assert activations(gradient_checkpointing=True) < 0.4 * plain
+    assert abs(activations(accumulate=2) / plain - 0.5) < 0.05
+    assert abs(activations(batch_size=4) / plain - 2) < 0.05
+    assert activations(connect="middle") < plain
+
+
+def test_the_ledger_counts_what_autograd_keeps():
+    """Predicted without a number computed: within 1% of the tensors that a real forward pass saves for the way back."""
+    cfg, size = SHAPES
+    unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
+    recipe = training.Recipe(steps=1, batch_size=1)
+    training.lock(unet, net, recipe)
+    own = {p.untyped_storage().data_ptr() for model in (unet, net) for p in model.parameters()}
+    batch, kept = ledger.example(net, recipe, size, 1, torch.device("cpu")), {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = training.controlnet_loss(unet, net, batch, ddim.alphas_cumprod())
+    found = ledger.predict(unet, net, recipe, size, 1, torch.device("cpu")).activations
+    assert loss.requires_grad
+    assert abs(found / sum(storage.nbytes() for storage in kept.values()) - 1) < 0.01
+
+
+def test_a_dry_run_prints_the_ledger_and_leaves_nothing(folder, tmp_path, capsys):
+    assert command(folder, tmp_path / "out", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["MB", "weights", "gradients", "optimiser", "activations", "peak"]
+    assert lines[1].split()[1] == lines[1].split()[2]  # weights; the rest is too small for the system's count
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_why_nothing_was_measured(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ledger, "free", lambda device: 1_000_000)
+    assert command(folder, tmp_path / "out", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "not measured: only 1 MB are free"
