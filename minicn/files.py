@@ -105,14 +105,15 @@ def _open_safetensors(path: Path) -> WeightFile:
         """Return a tensor that lies in the mapped file.
 
         A mapping, and what was read of it, counts as used memory as long as one of its tensors lives. So there is a new one
-        every 256 MB, and convolutions, which are copied into another layout, have theirs apart from what stays.
+        every 256 MB, and convolutions, which are copied into another layout, have theirs apart from what stays (as
+        those of 1x1 do).
         """
-        convolution = len(shapes[key]) == 4
-        mapped, used = maps.get(convolution, (None, math.inf))
+        copied = len(shapes[key]) == 4 and shapes[key][-1] > 1
+        mapped, used = maps.get(copied, (None, math.inf))
         size = math.prod(shapes[key]) * getattr(torch, dtypes[key]).itemsize
         if used + size > 256e6:
             mapped, used = safe_open(path, framework="pt"), 0
-        maps[convolution] = mapped, used + size
+        maps[copied] = mapped, used + size
         return mapped.get_tensor(key)
 
     return WeightFile(path, get, shapes, dtypes, metadata)

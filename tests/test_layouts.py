@@ -1,6 +1,7 @@
 """Every published layout of weights loads, and gives the model that was written; what is something else is named."""
 
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import types
 import warnings
 import zipfile
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -746,3 +748,25 @@ def test_configuration_travels_with_what_minicn_writes(tmp_path, tiny_config):
     found = weights.contents(files.open_weights(tmp_path / "unet.safetensors"))
     assert load_model("unet", found).cfg == tiny_config
     assert json.loads(found.file.metadata["minicn"])["unet"]["num_heads"] == asdict(tiny_config)["num_heads"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="the system does not list what is mapped")
+def test_what_is_copied_leaves_the_memory(tmp_path):
+    """3x3 convolutions, which are copied into a faster layout, share no mapping with what stays mapped, 1x1 ones too."""
+    path = tmp_path / "x.safetensors"
+    shapes = {"wide": (8, 8, 3, 3), "narrow": (8, 8, 1, 1), "linear": (8, 8), "bias": (8,)}
+    safetensors.torch.save_file({key: torch.ones(shape) for key, shape in shapes.items()}, path)
+
+    def mappings():
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count(str(path))
+
+    file = files.open_weights(path)
+    tensors = {key: file.get(key) for key in shapes}
+    del file
+    before = mappings()
+    del tensors["wide"]
+    assert mappings() < before
+    del tensors["narrow"], tensors["linear"]
+    assert mappings() == 1
+    assert tensors["bias"].sum() == 8
