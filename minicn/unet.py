@@ -9,6 +9,7 @@ labels, scale-shift norms, dropout, transformers deeper than one block).
                             +---- 12 skips ------|---------------+     `control` adds to the 12 skips and the middle
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -67,18 +69,53 @@ class Conv3x3(nn.Conv2d):
         super().__init__(c_in, c_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Do as any convolution; but on CPUs, where wide weights meet a small map, by one matrix product.
-
-        There PyTorch's convolution spends up to half its time on bringing the weights into an order of its own, at every
-        call; in channels-last they are a matrix as they lie. Not when training: the 9 neighbours would be kept, too.
-        """
         wide = self.weight.numel() > 2**22 and x.shape[-2] * x.shape[-1] <= 256
-        if not wide or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
-            return super().forward(x)
+        if wide and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return MatrixProduct.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+class MatrixProduct(torch.autograd.Function):
+    """A 3x3 convolution as one matrix product, for wide weights and small maps on CPUs.
+
+    There PyTorch's convolution spends most of its time on bringing the weights into an order of its own, at every call, up
+    to three times in training; in channels-last they are a matrix as they lie.
+    """
+
+    @staticmethod
+    def neighbours(x: Tensor) -> Tensor:
+        """Return the 3x3 positions around each one: (B, C, H, W) to (B, H, W, 9 C)."""
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H + 2, W + 2, C)
-        neighbours = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)  # (B, H, W, 3 * 3 * C)
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (C_out, 3 * 3 * C)
-        return F.linear(neighbours, weight, self.bias).permute(0, 3, 1, 2)
+        return padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
+
+    @staticmethod
+    def matrix(weight: Tensor) -> Tensor:
+        """Return the weights (C_out, C, 3, 3) as (C_out, 9 C): in channels-last the same memory."""
+        return weight.permute(0, 2, 3, 1).flatten(1)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # Only a weight that learns needs x again, and then x alone is kept, not its neighbours.
+        ctx.save_for_backward(x if weight.requires_grad else x.new_empty(0), weight)
+        ctx.shape = x.shape
+        return F.linear(MatrixProduct.neighbours(x), MatrixProduct.matrix(weight), bias).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (b, c, h, w) = ctx.saved_tensors, ctx.shape
+        grad = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C_out)
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            parts = (grad @ MatrixProduct.matrix(weight)).view(b, h, w, 3, 3, c)
+            padded = grad.new_zeros(b, h + 2, w + 2, c)
+            for i, j in itertools.product(range(3), range(3)):
+                padded[:, i : i + h, j : j + w] += parts[:, :, :, i, j]
+            to_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]:
+            to_weight = (grad.t() @ MatrixProduct.neighbours(x).flatten(0, 2)).view(-1, 3, 3, c).permute(0, 3, 1, 2)
+            to_bias = grad.sum(0)
+        return to_x, to_weight, to_bias
 
 
 class ResBlock(nn.Module):

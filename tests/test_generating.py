@@ -74,19 +74,23 @@ def test_both_halves_of_guidance_share_what_comes_before_the_text(sd, net):
     assert (once - plain).norm() <= 2e-6 * plain.norm()
 
 
+@pytest.mark.parametrize("learns", [True, False])
 @pytest.mark.parametrize("size", [(3, 5), (16, 16), (17, 16)])
-def test_a_wide_convolution_of_a_small_map_is_a_matrix_product(monkeypatch, size):
-    """Up to rounding; and only there, only on CPUs in float32, and never where gradients are wanted."""
-    conv, x = Conv3x3(768, 768), torch.randn(2, 768, *size)
-    want = F.conv2d(x, conv.weight, conv.bias, padding=1)
+def test_a_wide_convolution_of_a_small_map_is_a_matrix_product(monkeypatch, size, learns):
+    """Forwards and backwards the numbers of a convolution, up to rounding; only where it is quicker: CPUs, float32."""
+    conv, x = Conv3x3(768, 768).requires_grad_(learns), torch.randn(2, 768, *size, requires_grad=True)
+    want, push = F.conv2d(x, conv.weight, conv.bias, padding=1), torch.randn(2, 768, *size)
+    inputs = [x, conv.weight, conv.bias] if learns else [x]
+    wanted = torch.autograd.grad(want, inputs, push)
     products, linear = [], F.linear
     monkeypatch.setattr("minicn.unet.F.linear", lambda *arguments: products.append(1) or linear(*arguments))
-    assert torch.equal(conv(x), want)
-    assert not products
-    with torch.no_grad():
-        assert (conv(x) - want).norm() <= 2e-6 * want.norm()
-        assert len(products) == (size[0] * size[1] <= 256)
-        conv.double()(x.double()), Conv3x3(4, 4)(x[:, :4])
+    got = conv(x)
+    assert len(products) == (size[0] * size[1] <= 256)
+    for a, b in zip([got, *torch.autograd.grad(got, inputs, push)], [want, *wanted], strict=True):
+        assert (a - b).norm() <= 4e-6 * b.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).dtype == torch.bfloat16
+    conv.double()(x.double()), Conv3x3(4, 4)(x[:, :4])
     assert len(products) == (size[0] * size[1] <= 256)
 
 
