@@ -99,7 +99,10 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
         learned = size_of(p for group in groups for p in group["params"])
         alive = {}
         with Living([*parameters, *vars(batch).values(), abar]) as living:
-            step(unet, net, optimizer, batch, abar, recipe)
+            for p in (p for group in groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()  # makes the moments
+            optimizer.zero_grad()
             gc.collect()  # fake tensors point at each other
             optimiser, living.most = living.now, living.now
             step(unet, net, optimizer, batch, abar, recipe, lambda name: alive.update({name: living.now - optimiser}))

@@ -412,8 +412,7 @@ def test_the_ledger_counts_weights_gradients_and_moments(dezero):
     with torch.device("meta"):
         unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("unet", unet), ("net", net))}
-    decoder = sum(p.numel() for part in (unet.output_blocks, unet.out) for p in part.parameters())
-    learned = {"none": count["net"], "decoder": count["net"] + decoder, "all": count["net"] + count["unet"]}
+    learned = {"none": count["net"], "all": count["net"] + count["unet"]}
     for unlock, numbers in learned.items():
         recipe = training.Recipe(steps=1, batch_size=1, unlock=unlock)
         found = ledger.predict(unet, net, recipe, size, 1, torch.device("cpu"))
@@ -425,7 +424,7 @@ def test_the_ledger_counts_weights_gradients_and_moments(dezero):
 
 
 def test_the_ledger_knows_what_saves_memory():
-    """Gradient checkpointing and parts of a batch keep less for the way back; twice the batch keeps twice as much."""
+    """Gradient checkpointing, parts of a batch and the small-scale regime keep less for the way back."""
     cfg, size = SHAPES
     with torch.device("meta"):
         unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
@@ -437,7 +436,6 @@ def test_the_ledger_knows_what_saves_memory():
     plain = activations()
     assert activations(gradient_checkpointing=True) < 0.4 * plain
     assert abs(activations(accumulate=2) / plain - 0.5) < 0.05
-    assert abs(activations(batch_size=4) / plain - 2) < 0.05
     assert activations(connect="middle") < plain
 
 
