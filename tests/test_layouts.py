@@ -397,7 +397,8 @@ def test_shapes_that_no_weight_has_are_named(tmp_path, key, shape):
     safetensors.torch.save_file(
         {"zero_convs.0.0.weight": torch.zeros(8, 8, 1, 1)} | {key: torch.zeros(shape)}, tmp_path / "x.safetensors"
     )
-    with pytest.raises(ValueError, match="x.safetensors"):
+    words = "needs|is of another structure|not whole" if shape == (4,) else "which no weight has"
+    with pytest.raises(ValueError, match=f"x.safetensors.*({words})"):
         ControlNet.load(tmp_path / "x.safetensors")
 
 
@@ -674,9 +675,17 @@ def test_convert_goes_both_ways(sd, net, tmp_path, part):
         assert before == again
 
 
+def another_base():
+    unet = randomise(UNet(UNET))
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.mul_(1.5)
+    return unet
+
+
 def test_transfer_adds_the_difference_of_the_bases(sd, net, tmp_path):
     """copy + new base - old base, in every copied layer and in no other."""
-    other = randomise(UNet(UNET))
+    other = another_base()
     converting.save_model("unet", other, tmp_path / "other.safetensors", "ldm")
     sd.save(tmp_path / "sd")
     net.save(tmp_path / "net.safetensors")
@@ -690,15 +699,17 @@ def test_transfer_adds_the_difference_of_the_bases(sd, net, tmp_path):
 
 def test_transfer_from_a_v10_file_starts_at_its_own_unet(sd, net, ldm, tmp_path):
     """Without --transfer-from, the U-Net that lies in the file is the base that the ControlNet was trained on."""
-    other = randomise(UNet(UNET))
+    other = another_base()
     converting.save_model("unet", other, tmp_path / "other.safetensors", "ldm")
     torch.save(ldm | control(net), tmp_path / "v10.pth")
     converting.convert(
         tmp_path / "v10.pth", tmp_path / "moved.safetensors", "ldm", transfer_to=tmp_path / "other.safetensors"
     )
     moved, old, new = (m.state_dict() for m in (ControlNet.load(tmp_path / "moved.safetensors"), sd.unet, other))
-    key = "input_blocks.1.0.in_layers.2.weight"
-    assert torch.equal(moved[key], net.state_dict()[key] + (new[key] - old[key]))
+    assert any(not torch.equal(new[key], old[key]) for key in new)
+    for key, tensor in net.state_dict().items():
+        want = tensor + (new[key] - old[key]) if key in old and not key.startswith("zero") else tensor
+        assert torch.equal(moved[key], want), key
 
 
 def test_convert_keeps_each_models_own_precision(sd, tmp_path):
