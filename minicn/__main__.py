@@ -8,14 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import minicn
-from minicn import cli, conditions, converting, data, recording, training
+from minicn import cli, conditioning, conditions, converting, data, recording, training
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -83,13 +82,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--output", type=Path, required=True, help="picture to write; its ending chooses the format; PNG keeps the settings")
 
-    command = commands.add_parser("condition", help="make a hint from a picture", **style)
-    add = command.add_argument
-    add("name", choices=conditions.NAMES, help="the condition")
-    add("image", type=Path, help="picture to read")
-    add("hint", type=Path, help="picture to write")
-    add("--low", type=cli.number(0, 10000), default=100, help="canny: edges above it are kept if connected")
-    add("--high", type=cli.number(0, 10000), default=200, help="canny: edges above it are kept")
+    command = commands.add_parser(
+        "condition",
+        help="make a hint from a picture, a drawing, key points, labels, normals or depth",
+        description="Make the hint of a condition. Each takes:\n"
+        + "\n".join(f"  {name:10}  {takes}" for name, takes in conditioning.TAKES.items()),
+        formatter_class=Lines,
+    )
+    add, side = command.add_argument, cli.whole(64, 8192)
+    add("name", choices=conditions.NAMES, metavar="NAME", help=f"the condition: {', '.join(conditions.NAMES)}")
+    add("image", type=Path, metavar="INPUT", help="file to read: any picture that Pillow reads, .json or .npy, see above")
+    add("hint", type=Path, metavar="HINT", help="picture to write")
+    add(
+        "--resolution", type=side, help="shorter side, rounded to 64s as in the official apps, which use 512 (default: kept)"
+    )
+    add("--ready", action="store_true", help="the picture is a hint already: only look at it, and resize it")
+    add("--version", choices=conditions.VERSIONS, help="ControlNet's conventions, where they differ (default: v1.1)")
+    add("--low", type=cli.number(0, 10000), help="Canny: edges above it are kept if connected (default: 100)")
+    add("--high", type=cli.number(0, 10000), help="Canny: edges above it are kept (default: 200)")
+    add("--weights", type=Path, help="released file of HED (hed, scribble --fake), M-LSD (hough) or OpenPose (openpose)")
+    add("--detect-resolution", type=side, help="shorter side at which lines or people are looked for (default: the hint's)")
+    add("--safe", action="store_true", help="hed: three grey levels, as in v1.1")
+    add("--fake", action="store_true", help="scribble: from a picture")
+    add(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="key points: width and height of their picture, pixels (default: the file's)",
+    )
+    add("--like", type=Path, metavar="PICTURE", help="key points: a picture of that size")
+    add("--first-label", type=cli.whole(0, 255), help="label of wall or person (default: 0 for ade20k, 1 for coco_stuff)")
+    add(
+        "--unlabelled",
+        type=cli.whole(0, 65535),
+        help="label that becomes black (default: none for ade20k, 0 for coco_stuff)",
+    )
+    add("--axes", choices=conditions.NORMAL_AXES, help="what a normal map's colours mean (default: opengl)")
+    add("--from-depth", action="store_true", help="normal: from a depth map, as v1.0's app")
+    add("--background", type=cli.number(0, 1), help="normal from depth: share of the range that is far (default: 0.4)")
+    add("--far-is-white", action="store_true", help="the depth map is white, or large, where it is far")
 
     command = commands.add_parser("convert", help="write a model in another layout", **style)
     add = command.add_argument
@@ -234,11 +265,32 @@ def check_needs(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{option} counts for nothing without {needed}: give both or none")
 
 
+class Lines(cli.Formatter):
+    """Keep the lines of the description as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text
+
+
+def size(text: str) -> tuple[int, int]:
+    """Convert "640x480" to (640, 480), the width first."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width = height = 0
+    if not (8 <= width <= 16384 and 8 <= height <= 16384):
+        raise argparse.ArgumentTypeError(f"{text!r} came, but WIDTHxHEIGHT is needed, each 8 to 16384, as 768x512")
+    return width, height
+
+
 def condition(args: argparse.Namespace) -> None:
     check_output(args.hint)
-    edges = conditions.canny(conditions.load_image(args.image), args.low, args.high)
-    Image.fromarray(edges).save(args.hint)
-    print(f"{args.hint}: {edges.shape[1]}x{edges.shape[0]} pixels, {np.mean(edges > 0):.1%} of them edges")
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "name", "image", "hint")}
+    hint, did = conditioning.make(args.name, args.image, **options)
+    Image.fromarray(hint).save(args.hint)
+    print(f"{args.hint}: {hint.shape[1]}x{hint.shape[0]} pixels, {did}")
+    for doubt in conditions.doubts(args.name, hint, args.version or "v1.1"):
+        print(f"note: {args.hint} may be wrong: {doubt}", file=sys.stderr)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -1,0 +1,139 @@
+"""Lines, dots and filled ellipses on a canvas (H, W, 3) uint8, pixel for pixel as OpenCV's drawing functions put them.
+
+The poses and lines that the released ControlNets learned were drawn by OpenCV, with integer coordinates and without
+smoothed borders. Everything is drawn in place; what lies outside the canvas is left out.
+"""
+
+import numpy as np
+
+LIMIT = 100_000  # pixels: coordinates further away than this are a mistake, and would take time and memory
+
+
+def line_pixels(lines: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of all pixels of one-pixel lines on a canvas, both ends included: Bresenham's.
+
+    lines  (N, 4) integers x1, y1, x2, y2. As in OpenCV what leaves the canvas is cut off first, then the line starts at its
+           left end, and halves are rounded to the start.
+    """
+    lines = _cut(np.array(lines, dtype=np.int64).reshape(-1, 4), height, width)
+    lines = np.where(lines[:, 2:3] < lines[:, :1], lines[:, [2, 3, 0, 1]], lines)
+    run = lines[:, 2:] - lines[:, :2]  # (N, 2)
+    steps = np.abs(run).max(1)
+    which = np.repeat(np.arange(len(lines)), steps + 1)
+    k = np.arange(len(which)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)
+    length = np.maximum(steps, 1)[which, None]
+    run = run[which]
+    moved = np.sign(run) * ((2 * k[:, None] * np.abs(run) + length - 1) // (2 * length))
+    x, y = (lines[which, :2] + moved).T
+    return x, y
+
+
+def _cut(lines: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Cut lines (N, 4) at the borders of the canvas, first above and below, then left and right; drop those outside.
+
+    Numerics: each end moves along the line between the ends as they are then, and its place is cut to a whole pixel.
+    """
+    for across, along, last in ((1, 0, height - 1), (0, 1, width - 1)):  # y, then x
+        a, b = lines[:, [across, across + 2]].T
+        beside = ((a < 0) & (b < 0)) | ((a > last) & (b > last))
+        lines = lines[~beside]
+        for end, other in ((0, 2), (2, 0)):
+            outside = (lines[:, end + across] < 0) | (lines[:, end + across] > last)
+            part = lines[outside]
+            border = np.where(part[:, end + across] < 0, 0, last)
+            run = part[:, [other + 0, other + 1]] - part[:, [end + 0, end + 1]]
+            share = (border - part[:, end + across]) * run[:, along] / run[:, across]
+            part[:, end + along] += share.astype(np.int64)
+            part[:, end + across] = border
+            lines[outside] = part
+    return lines
+
+
+def lines(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, int, int]) -> None:
+    """Draw lines (N, 4) of integers x1, y1, x2, y2, one pixel wide: cv2.line(canvas, (x1, y1), (x2, y2), colour)."""
+    x, y = line_pixels(ends, *canvas.shape[:2])
+    canvas[y, x] = colour
+
+
+def thick_lines(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, int, int], width: float) -> None:
+    """Draw lines (N, 4) of floats x1, y1, x2, y2 with round ends: all pixels within `width` / 2 of the line."""
+    for x1, y1, x2, y2 in np.asarray(ends, dtype=np.float64).reshape(-1, 4):
+        reach = width / 2 + 1
+        box = _box(canvas, min(x1, x2) - reach, min(y1, y2) - reach, max(x1, x2) + reach, max(y1, y2) + reach)
+        y, x = np.mgrid[box]
+        length = max((x2 - x1) ** 2 + (y2 - y1) ** 2, 1e-9)
+        share = np.clip(((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length, 0, 1)
+        near = np.hypot(x - x1 - share * (x2 - x1), y - y1 - share * (y2 - y1)) <= width / 2
+        canvas[box][near] = colour
+
+
+def dot(canvas: np.ndarray, x: int, y: int, radius: int, colour: tuple[int, int, int]) -> None:
+    """Fill a circle around a pixel: cv2.circle(canvas, (x, y), radius, colour, -1)."""
+    half = _half_widths(radius)
+    box = _box(canvas, x - radius, y - radius, x + radius, y + radius)
+    rows, columns = np.mgrid[box]
+    canvas[box][np.abs(columns - x) <= half[np.abs(rows - y)]] = colour
+
+
+def _half_widths(radius: int) -> np.ndarray:
+    """Return by how much a filled circle reaches to each side in the rows 0, 1, ..., `radius` from its middle."""
+    half = np.zeros(radius + 1, dtype=np.int64)
+    x, y, excess = radius, 0, 0  # x^2 + y^2 - radius^2 stays near 0 on the way from (radius, 0) to the diagonal
+    while x >= y:
+        half[y], half[x] = max(half[y], x), max(half[x], y)
+        excess += 2 * y + 1
+        y += 1
+        if excess > 0:
+            excess -= 2 * x - 1
+            x -= 1
+    return half
+
+
+def ellipse_outline(x: int, y: int, a: int, b: int, degrees: int) -> np.ndarray:
+    """Return the corners (N, 2) of an ellipse, one a degree: cv2.ellipse2Poly((x, y), (a, b), degrees, 0, 360, 1).
+
+    a, b     half axes
+    degrees  of the first axis, from x towards y
+    """
+    sine = np.float32(np.round(np.sin(np.deg2rad(np.arange(360))), 7))  # Numerics: OpenCV's table has seven digits
+    turn = np.arange(361) % 360
+    across, along = a * np.float64(sine[(450 - turn) % 360]), b * np.float64(sine[turn])
+    cosine, sine = np.float64(sine[(450 - degrees) % 360]), np.float64(sine[degrees % 360])
+    corners = np.rint(np.stack([x + across * cosine - along * sine, y + across * sine + along * cosine], 1)).astype(int)
+    changed = np.any(np.diff(corners, axis=0) != 0, axis=1)
+    return corners[np.concatenate([[True], changed])]
+
+
+def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
+    """Return box and mask of a convex polygon, so that canvas[box][mask] is what it covers: cv2.fillConvexPoly.
+
+    corners  (N, 2) integers x, y. Covered are, in each row, the pixels of the border and all between its two sides.
+    """
+    height, width = canvas.shape[:2]
+    (x0, y0), (x1, y1) = corners.min(0), corners.max(0)
+    sides = np.concatenate([corners, np.roll(corners, -1, axis=0)], axis=1).astype(np.int64)
+    x, y = line_pixels(sides, height, width)
+    sides = sides[sides[:, 1] != sides[:, 3]]
+    sides = np.where(sides[:, 3:] < sides[:, 1:2], sides[:, [2, 3, 0, 1]], sides)  # downwards
+    rows = sides[:, 3] - sides[:, 1]
+    # Numerics: a side moves by a whole number of 65536ths of a pixel from row to row, and halves are rounded up.
+    twice = (sides[:, 2] - sides[:, 0]) * 2**17 + rows
+    slope = np.sign(twice) * (np.abs(twice) // (2 * rows).clip(1))
+    which = np.repeat(np.arange(len(sides)), rows)
+    k = np.arange(len(which)) - np.repeat(np.cumsum(rows) - rows, rows)
+    x = np.concatenate([x, (sides[which, 0] * 2**16 + k * slope[which] + 2**15) >> 16])
+    y = np.concatenate([y, sides[which, 1] + k])
+    left, right = np.full(y1 - y0 + 1, x1 + 1), np.full(y1 - y0 + 1, x0 - 1)
+    np.minimum.at(left, y - y0, x)
+    np.maximum.at(right, y - y0, x)
+    box = _box(canvas, x0, y0, x1, y1)
+    rows, columns = np.mgrid[box]
+    return box, (columns >= left[rows - y0]) & (columns <= right[rows - y0])
+
+
+def _box(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:
+    """Return rows and columns of the part of a box, borders included, that lies on the canvas."""
+    height, width = canvas.shape[:2]
+    limits = ((top, bottom, height), (left, right, width))
+    low, high = zip(*((max(0, int(np.floor(a))), min(n, int(np.ceil(b)) + 1)) for a, b, n in limits), strict=True)
+    return tuple(slice(a, max(a, b)) for a, b in zip(low, high, strict=True))
