@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from minicn import ControlNet, StableDiffusion, cli, conditions, recording, toy, training
+from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, toy, training
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
 
@@ -63,14 +63,16 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     sd = StableDiffusion.load(args.model, device=device)
     if training.process()[0] == 0:
         run.prepare(args.resume)
-    examples = training.Examples.from_scenes(sd, toy.scenes(count, "train"), args.condition)
-    held_out = list(toy.scenes(args.pictures, "test"))
+    examples = training.Examples.from_scenes(sd, toy.scenes(count, "train", args.condition), args.condition)
+    held_out = list(toy.scenes(args.pictures, "test", args.condition))
     validation = recording.Validation(
         sd,
         [scene.image for scene in held_out],
         [scene.hint(args.condition) for scene in held_out],
         [scene.caption for scene in held_out],
         args.guidance_scale,
+        measure=measures.measure(args.condition),
+        wanted=held_out,
     )
 
     # 2. The trainable copy of its encoder, joined to it by zero convolutions; or one that was trained before.
@@ -96,6 +98,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     started = time.time()
+    cli.keep_freed_memory()
     with cli.polite_errors(args.output):
         training.process()
         device = cli.device(args.device)

@@ -2,8 +2,9 @@
 
     python benchmarks/toy.py                                     the weights that ship
     python benchmarks/toy.py runs/seed0/controlnet.safetensors ...   ControlNets of your own, too
+    python benchmarks/toy.py --condition depth runs/depth            of another condition, measured by what it is
 
-200 held-out scenes (test scenes 1000 to 1199, never used in training), 20 DDIM steps.
+200 held-out scenes (test scenes from 1000 on, never used in training; for poses those with people), 20 DDIM steps.
 """
 
 import argparse
@@ -15,12 +16,13 @@ import time
 
 import torch
 
-from minicn import ControlNet, StableDiffusion, measures, recording, toy
+from minicn import ControlNet, StableDiffusion, conditions, measures, recording, toy
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("controlnets", nargs="*", default=["toy-canny"], help="names, files or folders")
+    parser.add_argument("controlnets", nargs="*", help="names, files or folders (default: toy-CONDITION)")
+    parser.add_argument("--condition", choices=conditions.NAMES, default="canny", help="of these ControlNets")
     parser.add_argument("--model", default="toy", help="diffusers folder or toy")
     parser.add_argument("--scenes", type=int, default=200, help="held-out scenes")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="1 is off")
@@ -28,12 +30,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw(sd, scenes, guidance_scale, net=None, batch=25):
-    """Draw each scene from its caption with its own seed row; with its Canny hint if a ControlNet is given."""
+def draw(sd, scenes, guidance_scale, condition="canny", net=None, batch=25):
+    """Draw each scene from its caption with its own seed row; with its hint if a ControlNet is given."""
     images = []
     for i in range(0, len(scenes), batch):
         chunk = scenes[i : i + batch]
-        hints = recording.stack([scene.hint("canny") for scene in chunk]).float() / 255
+        hints = recording.stack([scene.hint(condition) for scene in chunk]).float() / 255
         images += sd.generate(
             [scene.caption for scene in chunk],
             hint=None if net is None else hints,
@@ -48,27 +50,30 @@ def main() -> None:
     args = parse_args()
     torch.set_flush_denormal(True)
     sd = StableDiffusion.load(args.model, device=args.device)
-    scenes = [toy.scene(1000 + i, "test") for i in range(args.scenes)]
+    scenes = list(toy.scenes(args.scenes, "test", args.condition, first=1000))
     truths = [scene.image for scene in scenes]
     rows = []
 
     latents = recording.encode(sd.vae, recording.stack(truths))
     through_vae = [image for chunk in latents.split(25) for image in sd.decode_latents(chunk.to(sd.device))]
-    ceiling = measures.mean_edge_f1(through_vae, truths)
+    measure, what = measures.measure(args.condition), args.condition
+    ceiling = measures.mean(measure, through_vae, scenes)
     plain = draw(sd, scenes, args.guidance_scale)
-    floor = measures.mean_edge_f1(plain, truths)
-    rows += [("edge F1, ceiling (truth through the autoencoder)", ceiling), ("edge F1, floor (no control)", floor)]
+    floor = measures.mean(measure, plain, scenes)
+    others = measures.mean(measure, [*through_vae[1:], through_vae[0]], scenes)
+    rows += [(f"{what}, ceiling (truth through the autoencoder)", ceiling), (f"{what}, floor (no control)", floor)]
+    rows += [(f"{what}, another scene's truth through the autoencoder", others)]
     reached, possible = measures.prompt_share(plain, scenes), measures.prompt_share(truths, scenes)
     rows += [("prompt, base without control / true pictures", reached / possible)]
-    for name in args.controlnets:
+    for name in args.controlnets or [f"toy-{args.condition}"]:
         net = ControlNet.load(name, unet=sd.unet, device=args.device)
-        images = draw(sd, scenes, args.guidance_scale, net)
-        f1 = measures.mean_edge_f1(images, truths)
-        rows.append((f"edge F1, {name}", f1))
-        rows.append((f"following score, {name}", measures.score(f1, floor, ceiling)))
+        images = draw(sd, scenes, args.guidance_scale, args.condition, net)
+        value = measures.mean(measure, images, scenes)
+        rows.append((f"{what}, {name}", value))
+        rows.append((f"following score, {name}", measures.score(value, floor, ceiling)))
         rows.append((f"prompt, {name} / true pictures", measures.prompt_share(images, scenes) / possible))
 
-    hint = scenes[0].hint("canny")
+    hint = scenes[0].hint(args.condition)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, ddim, files, ledger, training, weights
+from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, cli, ddim, files, ledger, training, weights
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
 ROWS = {  # of the table: what is timed, and the row that it is compared with
@@ -128,6 +128,8 @@ def measure_one(args) -> None:
     if args.one == "diffusers":
         import diffusers  # noqa: F401
         from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: F401
+    else:
+        cli.keep_freed_memory()  # as the command does
     torch.manual_seed(0)
     before, seconds = ledger.allocated(device), []
     step = (their_step if args.one == "diffusers" else our_step)(args, device)

@@ -433,6 +433,7 @@ def check_output(path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    cli.keep_freed_memory()
     with cli.polite_errors(args.output if args.command == "train" else None):
         COMMANDS[args.command](args)
     return 0

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import math
 import os
 import sys
@@ -79,6 +80,19 @@ def device(name: str) -> torch.device:
     if chosen.type == "meta":
         raise ValueError("device 'meta' computes nothing: use auto, cpu, cuda or mps")
     return chosen
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensor, instead of giving it back to the system each time.
+
+    On CPUs that saves about a tenth of a training step at full width: new pages are filled with zeros first. It holds for
+    the whole process, so the command lines call it, and the library does not. GNU's C library alone knows it.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
 
 
 def check_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,8 @@ class Validation:
     """The same hints, prompts and seeds at every stage: drawn, scored, and measured.
 
     truths, hint_pictures  (H, W, 3) uint8, all of one size
+    measure                (image, wanted) -> value in [0, 1]: how well a picture follows, e.g. measures.measure("depth")
+    wanted                 what `measure` compares each picture with, e.g. the scenes; default: the truths
     """
 
     def __init__(
@@ -59,14 +61,17 @@ class Validation:
         guidance_scale: float,
         seed: int = 0,
         num_steps: int = 10,
+        measure: Callable[..., float] = measures.edge_f1,
+        wanted: Sequence | None = None,
     ):
+        self.measure, self.wanted = measure, truths if wanted is None else wanted
         self.sd, self.truths, self.hint_pictures, self.captions = sd, truths, hint_pictures, captions
         self.guidance_scale, self.seed, self.num_steps = guidance_scale, seed, num_steps
         self.hints = stack(hint_pictures).float() / 255
         self.latents = encode(sd.vae, stack(truths))
         decoded = [image for part in self.latents.split(16) for image in sd.decode_latents(part.to(sd.device))]
-        self.ceiling = measures.mean_edge_f1(decoded, truths)
-        self.floor = measures.mean_edge_f1(self.draw(None), truths)
+        self.ceiling = measures.mean(measure, decoded, self.wanted)
+        self.floor = measures.mean(measure, self.draw(None), self.wanted)
 
     def draw(self, net: ControlNet | None) -> list[Image.Image]:
         """Draw every hint with its prompt, or without the ControlNet."""
@@ -84,7 +89,7 @@ class Validation:
 
     def score(self, images: list[Image.Image]) -> float:
         """Return the following score of pictures from `draw`: 0 without control, 1 as good as the autoencoder."""
-        return measures.score(measures.mean_edge_f1(images, self.truths), self.floor, self.ceiling)
+        return measures.score(measures.mean(self.measure, images, self.wanted), self.floor, self.ceiling)
 
     @torch.no_grad()
     def losses(self, net: ControlNet, most: int = 8) -> dict[str, float]:

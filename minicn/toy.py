@@ -7,16 +7,18 @@ closed form, so depth, normals, labels and key points are exact. A scene is a pu
 Axes: x to the right and y down in pixels, z towards the viewer; `normals` have y up, as normal maps do.
 """
 
+import itertools
 import math
 import random
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from tqdm import tqdm
 
-from minicn import conditions
+from minicn import conditions, palettes
 
 SIZE = 128  # pixels a side: 16x16 latents, as 512 pixels are 64x64 latents in Stable Diffusion
 SUPERSAMPLE = 2  # samples a pixel along each axis
@@ -73,6 +75,7 @@ class Scene:
     depth      (128, 128)     float32  in [0, 1], larger is nearer (as MiDaS), 0 on the background
     normals    (128, 128, 3)  float32  unit length; x right, y up, z towards the viewer; background (0, 0, 1)
     labels     (128, 128)     uint8    0 background, else 1 + place in THINGS
+    owners     (128, 128)     int8     place in `things` of the thing that is seen, -1 on the background
     keypoints  (P, 18, 3)     float32  x, y in pixels, and 1 where the point is seen, else 0; one row a person
     """
 
@@ -85,6 +88,7 @@ class Scene:
     depth: np.ndarray
     normals: np.ndarray
     labels: np.ndarray
+    owners: np.ndarray
     keypoints: np.ndarray
 
     @property
@@ -93,10 +97,33 @@ class Scene:
         return (*(thing.colour for thing in self.things), self.background)
 
     def hint(self, condition: str) -> np.ndarray:
-        """Make the hint of a condition, (128, 128, 3) uint8. Raises ValueError for an unknown one."""
-        if condition != "canny":
-            raise ValueError(f"condition is {condition!r}, but must be one of: {', '.join(conditions.NAMES)}")
-        return conditions.canny(self.image)
+        """Make the hint of a condition, (128, 128, 3) uint8, from what is known of the scene.
+
+        A pose of a scene without people, or the straight lines of one that has none, is a black hint.
+        Raises ValueError for an unknown condition.
+        """
+        if condition not in HINTS:
+            raise ValueError(f"condition is {condition!r}, but must be one of: {', '.join(HINTS)}")
+        return HINTS[condition](self)
+
+    def outlines(self, inner: bool = False) -> np.ndarray:
+        """Tell where things end, (128, 128) bool: the outermost pixels of each thing that is in front there.
+
+        inner  also the edges between the faces of boxes and stars
+        """
+        depth = np.pad(self.depth, 1, mode="edge")
+        owners = np.pad(self.owners, 1, mode="edge")
+        lines = np.zeros((SIZE, SIZE), bool)
+        for y, x in ((0, 1), (2, 1), (1, 0), (1, 2)):  # the neighbours above, below, left and right
+            there = np.s_[y : y + SIZE, x : x + SIZE]
+            lines |= (owners[there] != self.owners) & (depth[there] < self.depth)
+        if inner:
+            faces = np.isin(self.labels, [1 + THINGS.index(kind) for kind in ("box", "star")])
+            for axis in (0, 1):  # a face is flat, so its normals are all alike
+                this, following = (np.s_[:-1, :], np.s_[1:, :]) if axis == 0 else (np.s_[:, :-1], np.s_[:, 1:])
+                turned = (self.normals[this] * self.normals[following]).sum(2) < 0.999
+                lines[this] |= faces[this] & (self.owners[this] == self.owners[following]) & turned
+        return lines
 
 
 def scene(index: int, split: str = "train") -> Scene:
@@ -117,10 +144,18 @@ def scene(index: int, split: str = "train") -> Scene:
     return Scene(index, split, things, background, _caption(things, background, relation), *_render(things, background))
 
 
-def scenes(count: int, split: str = "train") -> Iterator[Scene]:
-    """Draw the first `count` scenes of a split, one after the other, with a progress bar."""
-    for index in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene", leave=False):
-        yield scene(index, split)
+def scenes(count: int, split: str = "train", condition: str | None = None, first: int = 0) -> Iterator[Scene]:
+    """Draw `count` scenes of a split, one after the other, with a progress bar.
+
+    condition  for a pose only scenes with people, whose hint shows something; else, and for None, every scene
+    first      the number of the first scene
+    """
+    numbers = itertools.count(first)
+    for _ in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene", leave=False):
+        made = scene(next(numbers), split)
+        while condition in ("openpose", "openpifpaf") and not made.hint(condition).any():
+            made = scene(next(numbers), split)
+        yield made
 
 
 def name_colours(image: np.ndarray) -> np.ndarray:
@@ -133,6 +168,16 @@ def name_colours(image: np.ndarray) -> np.ndarray:
     pixels = image.reshape(-1, 3).astype(np.float32)
     distance = (shades**2).sum(1) - 2 * pixels @ shades.T
     return owners[distance.argmin(1)].reshape(image.shape[:2])
+
+
+def shading(normals: np.ndarray) -> np.ndarray:
+    """Return how bright a surface is in the toy world's light, 0.48 to 1: what its colour is multiplied with.
+
+    normals  (..., 3) float32, unit length; x right, y up, z towards the viewer
+    """
+    light = np.array(LIGHT, np.float32) / np.float32(math.sqrt(sum(v * v for v in LIGHT)))
+    lit = np.maximum(normals[..., 0] * light[0] - normals[..., 1] * light[1] + normals[..., 2] * light[2], 0)
+    return np.minimum(0.48 + 0.62 * lit, 1)
 
 
 def shows_caption(image: np.ndarray, scene: Scene, least: int = 40) -> bool:
@@ -237,7 +282,6 @@ def _render(things: tuple[Thing, ...], background: str):
     normals[..., 2] = 1
     labels = np.zeros((n, n), np.uint8)
     owner = np.full((n, n), -1, np.int8)
-    light = np.array(LIGHT, np.float32) / np.float32(math.sqrt(sum(v * v for v in LIGHT)))
     for number, thing in enumerate(things):
         reach = thing.radius * 1.3 + 2
         x0, x1 = (int(min(max((thing.x + s * reach) * SUPERSAMPLE, 0), n)) for s in (-1, 1))
@@ -250,10 +294,8 @@ def _render(things: tuple[Thing, ...], background: str):
             seen = z > depth[box]  # nan, outside the shape, is never greater
             depth[box][seen] = z[seen]
             nx, ny, nz = (np.broadcast_to(np.asarray(v, np.float32), z.shape)[seen] for v in normal)
-            lit = np.maximum(nx * light[0] + ny * light[1] + nz * light[2], 0)
-            shade = np.minimum(0.48 + 0.62 * lit, 1)
-            colour[box][seen] = shade[:, None] * np.array(COLOURS[thing.colour], np.float32)
-            normals[box][seen] = np.stack([nx, -ny, nz], axis=-1)
+            normals[box][seen] = facing = np.stack([nx, -ny, nz], axis=-1)
+            colour[box][seen] = shading(facing)[:, None] * np.array(COLOURS[thing.colour], np.float32)
             labels[box][seen] = 1 + THINGS.index(thing.kind)
             owner[box][seen] = number
     image = np.floor(colour.reshape(SIZE, SUPERSAMPLE, SIZE, SUPERSAMPLE, 3).sum((1, 3)) / SUPERSAMPLE**2 + 0.5)
@@ -263,7 +305,7 @@ def _render(things: tuple[Thing, ...], background: str):
     s = np.s_[::SUPERSAMPLE, ::SUPERSAMPLE]
     people = [_seen_points(thing, i, owner[s]) for i, thing in enumerate(things) if thing.kind == "person"]
     keypoints = np.array(people, np.float32).reshape(-1, len(KEYPOINTS), 3)
-    return image.astype(np.uint8), depth[s].copy(), normals[s].copy(), labels[s].copy(), keypoints
+    return image.astype(np.uint8), depth[s].copy(), normals[s].copy(), labels[s].copy(), owner[s].copy(), keypoints
 
 
 def _ball(x, y, thing):
@@ -422,3 +464,55 @@ def _facet(x, y, corners):
 def _sqrt(x):
     """The root where there is one, nan elsewhere."""
     return np.where(x >= 0, np.sqrt(np.maximum(x, 0)), np.float32(np.nan))
+
+
+# Hints: what is known of a scene, drawn by the functions that draw a picture's
+
+
+# The classes that stand for the background and for each of THINGS, among those that fit the ones with colours far apart.
+ADE20K = ("wall", "ball", "box", "tent", "plate", "light", "person")
+COCO_STUFF = ("wall-other", "sports ball", "suitcase", "umbrella", "donut", "flower", "person")
+# COCO's 17 points, as places in KEYPOINTS: it has no neck, and each left point stands before the right one.
+COCO_POINTS = (0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10)
+
+
+def _classes(scene: Scene, names: tuple[str, ...], of: tuple[str, ...], first: int) -> np.ndarray:
+    """The scene's labels as those of a data set, whose classes are `of`, numbered from `first`."""
+    return np.array([first + of.index(name) for name in names])[scene.labels]
+
+
+def soft_edges(image: np.ndarray) -> np.ndarray:
+    """Return the soft edges of a toy picture, (128, 128, 3) uint8, by the filter that needs no weights.
+
+    Nothing warns that this is not the HED network's: on the toy the filter is what a ControlNet learns from.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return conditions.hed(image)
+
+
+def _drawing(scene: Scene) -> np.ndarray:
+    """The scene's outlines as a drawing: black strokes of three pixels on white, (128, 128, 3) uint8."""
+    thick = np.pad(scene.outlines(), 1)
+    thick = np.any([thick[y : y + SIZE, x : x + SIZE] for y in range(3) for x in range(3)], axis=0)
+    return np.repeat(np.where(thick, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _line_drawing(scene: Scene) -> np.ndarray:
+    """The scene's outlines and inner edges, white on black, (128, 128, 3) uint8."""
+    return np.repeat((scene.outlines(inner=True) * np.uint8(255))[..., None], 3, axis=2)
+
+
+HINTS: dict[str, Callable[[Scene], np.ndarray]] = {
+    "canny": lambda scene: conditions.canny(scene.image),
+    "hough": lambda scene: conditions.hough(scene.image),
+    "scribble": lambda scene: conditions.scribble(_drawing(scene)),
+    "hed": lambda scene: soft_edges(scene.image),
+    "openpose": lambda scene: conditions.openpose(scene.keypoints, SIZE, SIZE),
+    "openpifpaf": lambda scene: conditions.openpifpaf(scene.keypoints[:, COCO_POINTS], SIZE, SIZE),
+    "ade20k": lambda scene: conditions.ade20k(_classes(scene, ADE20K, palettes.ADE20K_NAMES, 0)),
+    "coco_stuff": lambda scene: conditions.coco_stuff(_classes(scene, COCO_STUFF, palettes.COCO_STUFF_NAMES, 1)),
+    "normal": lambda scene: conditions.normal(scene.normals),
+    "lineart": _line_drawing,
+    "depth": lambda scene: conditions.depth(scene.depth),
+}

@@ -1,13 +1,15 @@
 """The toy world: the same on every machine, train and test apart, and its ground truth true."""
 
+import dataclasses
 import hashlib
 import re
+import warnings
 from functools import cache
 
 import numpy as np
 import pytest
 
-from minicn import conditions, toy
+from minicn import conditions, palettes, toy
 
 COUNT = 300  # scenes of each split that are looked at
 
@@ -61,7 +63,7 @@ def test_a_scene_depends_on_its_index_and_split_alone():
     for key in order:
         a, b = first[key], again[key]
         assert (a.caption, a.things, a.background, a.index, a.split) == (b.caption, b.things, b.background, *key)
-        for name in ("image", "depth", "normals", "labels", "keypoints"):
+        for name in ("image", "depth", "normals", "labels", "owners", "keypoints"):
             assert np.array_equal(getattr(a, name), getattr(b, name)), name
 
 
@@ -92,6 +94,7 @@ def test_shapes_and_types_of_every_field():
             "depth": ((128, 128), "float32"),
             "normals": ((128, 128, 3), "float32"),
             "labels": ((128, 128), "uint8"),
+            "owners": ((128, 128), "int8"),
             "keypoints": ((people, 18, 3), "float32"),
         }
         assert 1 <= len(scene.things) <= 3
@@ -124,6 +127,26 @@ def test_things_have_depth_and_the_labels_of_the_caption():
         assert scene.depth.max() < 1  # nothing is cut off at the near end
         names = {toy.THINGS[label - 1] for label in np.unique(scene.labels[something])}
         assert names == {thing.kind for thing in scene.things}
+
+
+def test_owners_are_the_things_of_the_labels():
+    """Every label is that of the thing that owns the pixel, -1 owns the background, and every thing is seen."""
+    for scene in all_scenes():
+        kinds = np.array([1 + toy.THINGS.index(thing.kind) for thing in scene.things] + [0])  # -1 is the last place
+        assert np.array_equal(kinds[scene.owners], scene.labels)
+        assert set(np.unique(scene.owners)) == {-1, *range(len(scene.things))}
+
+
+def test_the_picture_is_colour_times_shading():
+    """Inside a face of a box, where all normals are alike, a pixel is its colour times `shading` of the normal, rounded."""
+    seen = 0
+    for scene in all_scenes():
+        colours = np.array([toy.COLOURS[thing.colour] for thing in scene.things] + [(0, 0, 0)])[scene.owners]
+        inside = (scene.labels == 1 + toy.THINGS.index("box")) & ~grow(scene.outlines(inner=True), 2)
+        want = toy.shading(scene.normals)[..., None] * colours
+        assert np.abs(scene.image - want)[inside].max(initial=0) <= 0.5 + 1e-3
+        seen += inside.sum()
+    assert seen > 10000
 
 
 def z_of(scene):
@@ -309,12 +332,175 @@ def test_another_picture_does_not_show_the_caption():
 # Hints and errors
 
 
-def test_the_canny_hint_is_canny_of_the_picture():
-    """hint("canny") is the condition's own function on the picture."""
-    scene = scenes("test")[0]
-    hint = scene.hint("canny")
-    assert np.array_equal(hint, conditions.canny(scene.image))
-    assert hint.any()
+LINES = ("canny", "hough", "scribble", "hed", "lineart")
+POSES = ("openpose", "openpifpaf")
+
+
+@pytest.mark.parametrize("condition", conditions.NAMES)
+def test_every_condition_has_a_hint(condition):
+    """(128, 128, 3) uint8, not all black, black or flat where the scene is empty; lines are white, on black, at outlines.
+
+    Some persons stand alone, so that every hint shows something.
+    """
+    found = [s for s in scenes("test")[:40] if "person" in [thing.kind for thing in s.things]][:5]
+    assert len(found) == 5
+    for scene in found:
+        hint = scene.hint(condition)
+        assert (hint.shape, hint.dtype) == ((128, 128, 3), np.uint8)
+        assert hint.any()
+        near = grow(scene.labels > 0, 14 if condition == "hed" else 6)  # joints and soft edges reach beyond
+        assert len(np.unique(hint[~near], axis=0)) == 1
+        if condition in (*LINES, *POSES, "depth"):
+            assert not hint[~near].any()
+        if condition in (*LINES, "depth"):
+            assert (hint == hint[..., :1]).all()
+        if condition in LINES:
+            assert 0.005 < (hint > 127).mean() < 0.25
+            assert grow(scene.outlines(), 3)[hint[..., 0] > 127].mean() > 0.6
+        if condition in LINES and condition != "hed":
+            assert set(np.unique(hint)) == {0, 255}
+
+
+def test_hints_of_pictures_are_the_conditions_own_functions():
+    """canny, hough and the soft edges are what conditions.py finds in the true picture; nothing warns."""
+    scene = scenes("test")[3]
+    assert np.array_equal(scene.hint("canny"), conditions.canny(scene.image))
+    assert np.array_equal(scene.hint("hough"), conditions.hough(scene.image))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hint = scene.hint("hed")
+    with pytest.warns(UserWarning, match="without weights"):
+        assert np.array_equal(hint, conditions.hed(scene.image))
+
+
+def flat_scene(columns):
+    """A scene of four rows, 60 to 63, and these columns from 50 on: owner, kind, depth and normal of each."""
+    some = scenes("test")[0]
+    owners, labels = np.full((128, 128), -1, np.int8), np.zeros((128, 128), np.uint8)
+    depth, normals = np.zeros((128, 128), np.float32), np.zeros((128, 128, 3), np.float32)
+    normals[..., 2] = 1
+    for x, (owner, kind, near, normal) in enumerate(columns, 50):
+        owners[60:64, x], labels[60:64, x], depth[60:64, x] = owner, 1 + toy.THINGS.index(kind), near
+        normals[60:64, x] = normal
+    return dataclasses.replace(some, owners=owners, labels=labels, depth=depth, normals=normals)
+
+
+FRONT, LEFT = (0, 0, 1), (-1, 0, 0)
+
+
+def test_outlines_are_the_outermost_pixels_of_what_is_in_front():
+    """Of a near box before a far one: the near one's whole rim, and of the far one's all but where the other hides it."""
+    near, far = (0, "box", 0.9, FRONT), (1, "box", 0.4, FRONT)
+    scene = flat_scene([near] * 4 + [far] * 4)
+    want = np.array([[1, 1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 1, 0, 0, 0, 1], [1] * 8], bool)
+    assert np.array_equal(scene.outlines()[60:64, 50:58], want)
+    assert scene.outlines().sum() == want.sum()
+
+
+@pytest.mark.parametrize(("kind", "edge"), [("box", 1), ("star", 1), ("ball", 0), ("person", 0)])
+def test_inner_outlines_are_the_edges_between_faces(kind, edge):
+    """Where the normals of a box or star turn there is a line, one pixel wide; a ball's turn everywhere, and has none."""
+    scene = flat_scene([(0, kind, 0.5, FRONT)] * 4 + [(0, kind, 0.5, LEFT)] * 4)
+    want = scene.outlines()
+    assert not want[61:63, 53].any()
+    want[61:63, 53] = edge
+    assert np.array_equal(scene.outlines(inner=True), want)
+
+
+def test_two_boxes_meet_in_the_outline_of_the_nearer_one():
+    """Where a turned box is hidden by another the normals differ, too, but that is no edge between its faces."""
+    scene = flat_scene([(0, "box", 0.4, LEFT)] * 4 + [(1, "box", 0.9, FRONT)] * 4)
+    assert np.array_equal(scene.outlines(inner=True), scene.outlines())
+
+
+def test_lines_of_the_scene_are_drawn():
+    """lineart is the outlines and inner edges; a scribble the outlines, three pixels wide."""
+    for scene in scenes("test")[:10]:
+        assert np.array_equal(scene.hint("lineart")[..., 0] > 0, scene.outlines(inner=True))
+        assert np.array_equal(scene.hint("scribble")[..., 0] > 0, grow(scene.outlines(), 1))
+
+
+def test_coco_points_are_cocos():
+    """OpenPifPaf's 17 points, in COCO's order, out of OpenPose's 18: all but the neck."""
+    parts = ("eye", "ear", "shoulder", "elbow", "wrist", "hip", "knee", "ankle")
+    want = ["nose", *(f"{side}_{part}" for part in parts for side in "lr")]
+    assert [toy.KEYPOINTS[i] for i in toy.COCO_POINTS] == want
+
+
+def test_poses_are_drawn_where_the_joints_are():
+    """At the ankles of a person who stands alone: the colour of that OpenPose joint, the white dot of OpenPifPaf.
+
+    And between left knee and left ankle, COCO's points 14 and 16, OpenPifPaf's first colour.
+    """
+    alone = [s for s in all_scenes() if [t.kind for t in s.things] == ["person"]]
+    for scene in alone[:10]:
+        for name in ("r_ankle", "l_ankle"):
+            place = toy.KEYPOINTS.index(name)
+            x, y, seen = scene.keypoints[0, place]
+            assert seen == 1
+            assert tuple(scene.hint("openpose")[int(y), int(x)]) == conditions.OPENPOSE_COLOURS[place]
+            assert tuple(scene.hint("openpifpaf")[round(float(y)), round(float(x))]) == (255, 255, 255)
+        left = [toy.KEYPOINTS.index(name) for name in ("l_knee", "l_ankle")]
+        x, y = scene.keypoints[0, left, :2].mean(0).round().astype(int)
+        assert tuple(scene.hint("openpifpaf")[y, x]) == conditions.OPENPIFPAF_COLOURS[0]
+
+
+@pytest.mark.parametrize("condition", POSES)
+def test_the_pose_of_nobody_is_black(condition):
+    """A scene without people has a pose hint, too: a black one."""
+    nobody = [s for s in scenes("test")[:40] if not len(s.keypoints)]
+    assert len(nobody) > 10
+    assert not any(s.hint(condition).any() for s in nobody)
+
+
+@pytest.mark.parametrize(
+    ("condition", "names", "colours", "person"),
+    [
+        ("ade20k", palettes.ADE20K_NAMES, palettes.ADE20K_COLOURS, (150, 5, 61)),
+        ("coco_stuff", palettes.COCO_STUFF_NAMES, palettes.COCO_STUFF_COLOURS, (220, 20, 60)),
+    ],
+)
+def test_labels_are_painted_in_colours_that_are_well_apart(condition, names, colours, person):
+    """Every pixel has the colour of its label's class; any two of the seven are over 110 apart, of at most 442."""
+    classes = {"ade20k": toy.ADE20K, "coco_stuff": toy.COCO_STUFF}[condition]
+    table = colours[[names.index(name) for name in classes]]
+    assert len(table) == 1 + len(toy.THINGS)
+    assert tuple(table[1 + toy.THINGS.index("person")]) == person
+    apart = np.linalg.norm(table[:, None].astype(float) - table, axis=2)
+    assert apart[~np.eye(7, dtype=bool)].min() > 110
+    for scene in scenes("test")[:20]:
+        assert np.array_equal(scene.hint(condition), table[scene.labels])
+
+
+def test_the_normal_hint_is_blue_in_front_red_at_the_left_green_at_the_top():
+    """Of a ball; the background faces the viewer, (127, 127, 255)."""
+    scene = next(s for s in all_scenes() if [t.kind for t in s.things] == ["ball"])
+    hint, ball = scene.hint("normal").astype(int), scene.things[0]
+    x, y, far = round(ball.x), round(ball.y), round(0.8 * ball.radius)
+    assert tuple(hint[0, 0]) == (127, 127, 255)
+    assert hint[y, x - far, 0] > 200 > 60 > hint[y, x + far, 0]
+    assert hint[y - far, x, 1] > 200 > 60 > hint[y + far, x, 1]
+    assert hint[y, x, 2] > 250
+
+
+def test_the_depth_hint_is_white_where_it_is_near():
+    """The background is black, the nearest pixel white, and in between brightness grows with nearness."""
+    for scene in scenes("test")[:20]:
+        hint = scene.hint("depth")[..., 0]
+        assert not hint[scene.labels == 0].any()
+        assert hint.flat[scene.depth.argmax()] == 255
+        order = np.argsort(scene.depth.ravel(), kind="stable")
+        assert (np.diff(hint.ravel()[order].astype(int)) >= 0).all()
+
+
+def test_scenes_for_a_condition_all_show_it():
+    """Without a condition, or for one that every scene shows, none is left out; for a pose all have people, in order."""
+    every = [(s.index, s.split) for s in toy.scenes(12, "test")]
+    assert every == [(i, "test") for i in range(12)]
+    assert [s.index for s in toy.scenes(12, "test", "depth")] == list(range(12))
+    assert [s.index for s in toy.scenes(3, "test", first=7)] == [7, 8, 9]
+    want = [s.index for s in scenes("test") if len(s.keypoints)]
+    assert [s.index for s in toy.scenes(5, "test", "openpose")] == want[:5]
 
 
 def test_errors_name_what_is_known():

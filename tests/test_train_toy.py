@@ -16,6 +16,7 @@ import train_toy
 from minicn import ControlNet, StableDiffusion, __main__, files, hub, pretraining, toy, training
 
 ROOT = Path(__file__).parent.parent
+CONTROL = ["--hint", "{tmp}/ok.png", "--controlnet", "toy-canny"]
 SHORT = "--scenes 4 --batch-size 1 --pictures 1 --guidance-scale 1 --score-every 3 --checkpoint-every 3 --device cpu".split()
 
 
@@ -249,7 +250,7 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/text.png", "--controlnet", "toy-canny"], "is no picture"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/odd.png", "--controlnet", "toy-canny"], "multiples of 8"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/ok.png", "--controlnet", "toy-smell"], "toy-canny"),
-        (["--output", "{tmp}/out.png", "--control-start", "0.9", "--control-end", "0.1"], "lies after"),
+        (["--output", "{tmp}/out.png", *CONTROL, "--control-start", "0.9", "--control-end", "0.1"], "lies after"),
     ],
 )
 def test_minicn_generate_refuses_in_one_line(tmp_path, refused, arguments, words):
