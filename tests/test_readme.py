@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from minicn import __main__, toy
+from minicn import __main__, conditions, toy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -62,6 +62,11 @@ def test_the_file_guide_names_every_file_and_no_other():
     modules = {f"minicn/{path.name}" for path in (ROOT / "minicn").glob("*.py")} - {"minicn/__init__.py"}
     assert modules <= named
     assert all((ROOT / name).exists() for name in named)
+
+
+def test_the_hints_named_are_the_eleven():
+    table = README.split("## Hints")[1].split("## The real")[0]
+    assert sorted(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.*?) \|", table)))) == sorted(conditions.NAMES)
 
 
 def test_the_tests_named_in_the_table_exist():
