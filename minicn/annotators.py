@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicn import files
+from minicn import conditions, files, weights
 
 
 class Annotator(nn.Module):
@@ -48,6 +48,8 @@ class Annotator(nn.Module):
             more = f", and {len(found) - 2} more differ" if len(found) > 2 else ""
             raise ValueError(f"{path} is not {cls.__name__}'s: {', '.join(found[:2])}{more}; name {cls.published}")
         network.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected}, assign=True)
+        network.unchecked = (str(path), {key: key for key in expected})
+        weights.check_finite(network)
         return network.requires_grad_(False).eval()
 
     def check(self, image: np.ndarray) -> None:
@@ -73,37 +75,15 @@ class Annotator(nn.Module):
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W, C) as ControlNet's annotators do: means of areas if it gets smaller, else Lanczos; dtype kept.
-
-    Source: OpenCV's INTER_AREA and INTER_LANCZOS4. 8-bit values may differ from OpenCV's fixed point by 1.
-    """
+    """Resize (H, W, C) as ControlNet's annotators do: means of areas if it gets smaller, else Lanczos; dtype kept."""
     if picture.shape[:2] == (height, width):
         return picture
-    weights = _area if height + width < sum(picture.shape[:2]) else _lanczos
-    rows, columns = weights(picture.shape[0], height), weights(picture.shape[1], width)
-    resized = np.einsum("Yy,yxc,Xx->YXc", rows, picture.astype(np.float64), columns, optimize=True)
-    if picture.dtype == np.uint8:
-        resized = np.rint(resized).clip(0, 255)
-    return resized.astype(picture.dtype)
+    return conditions.resample(picture, height, width, "area" if height + width < sum(picture.shape[:2]) else "lanczos")
 
 
-def _area(size: int, new: int) -> np.ndarray:
-    """Matrix (new, size) of means: how much of each old pixel lies in each new one."""
-    step = size / new
-    starts, old = np.arange(new)[:, None] * step, np.arange(size)
-    shared = np.minimum(starts + step, old + 1) - np.maximum(starts, old)
-    return shared.clip(0) / step
-
-
-def _lanczos(size: int, new: int) -> np.ndarray:
-    """Matrix (new, size) of Lanczos interpolation over 8 pixels; the border is repeated outwards, no anti-aliasing."""
-    centres = (np.arange(new) + 0.5) * size / new - 0.5
-    taps = np.floor(centres).astype(int)[:, None] + np.arange(-3, 5)
-    away = centres[:, None] - taps
-    values = np.sinc(away) * np.sinc(away / 4)
-    matrix = np.zeros((new, size))
-    np.add.at(matrix, (np.arange(new)[:, None], taps.clip(0, size - 1)), values / values.sum(1, keepdims=True))
-    return matrix
+def resizing(size: int, new: int, kind: str) -> np.ndarray:
+    """Return the matrix (new, size) that resizes one direction."""
+    return conditions.resample(np.eye(size), new, size, kind)
 
 
 # Soft edges
@@ -429,16 +409,16 @@ class BodyPose(Annotator):
         padded = np.pad(seen, ((0, -seen_height % 8), (0, -seen_width % 8), (0, 0)), constant_values=128)
         fields, parts = self.maps(self.batch(padded[..., ::-1]) / 256 - 0.5)
         # Eight times enlarged, the padding cut off, resized to the picture: all of it is one matrix for each direction.
-        last = _area if height + width < seen_height + seen_width else _lanczos
+        last = "area" if height + width < seen_height + seen_width else "lanczos"
         rows, columns = _enlarging(seen_height, height, last), _enlarging(seen_width, width, last)
         return find_people(fields[0].cpu().numpy(), parts[0].cpu().numpy(), lambda small: rows @ small @ columns.T)
 
 
-def _enlarging(seen: int, size: int, last: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    """Matrix (size, seen / 8 rounded up) from the network's maps to the picture; `last` makes that from seen to size."""
+def _enlarging(seen: int, size: int, kind: str) -> np.ndarray:
+    """Matrix (size, seen / 8 rounded up) from the network's maps to the picture; `kind` of resizing from seen to size."""
     cells = -(-seen // 8)
-    eightfold = _lanczos(cells, 8 * cells)[:seen]
-    return eightfold if size == seen else last(seen, size) @ eightfold
+    eightfold = resizing(cells, 8 * cells, "lanczos")[:seen]
+    return eightfold if size == seen else resizing(seen, size, kind) @ eightfold
 
 
 @dataclass(eq=False)

@@ -130,6 +130,15 @@ def test_a_file_of_another_network_is_named(networks, tmp_path, change, words):
     assert "\n" not in str(refused.value)
 
 
+def test_damaged_weights_are_named(tmp_path):
+    """NaN in a file is said at once, not seen in every hint."""
+    state = HED().state_dict()
+    state["block3.projection.bias"].fill_(float("nan"))
+    torch.save(state, tmp_path / "hed.pth")
+    with pytest.raises(ValueError, match="hed.pth: block3.projection.bias holds NaN"):
+        HED.load(tmp_path / "hed.pth")
+
+
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_no_file_is_named(kind, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.pth does not exist"):

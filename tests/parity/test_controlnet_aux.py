@@ -71,6 +71,13 @@ def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+def through_a_file(kind, state, folders):
+    """Their weights, read by ours from a file of the published name."""
+    path = folders.mktemp("weights") / kind.published
+    torch.save(state, path)
+    return kind.load(path)
+
+
 @pytest.fixture(scope="module")
 def hed(oracle, tmp_path_factory):
     """Ours and theirs, with the same weights: written by theirs, read by ours."""
@@ -78,26 +85,22 @@ def hed(oracle, tmp_path_factory):
     with torch.no_grad():
         theirs.norm.copy_(torch.tensor([100.0, 120.0, 140.0]).view(1, 3, 1, 1))
         theirs.block1.convs[0].weight.div_(100)  # so that edges are soft, not 0 and 1
-    path = tmp_path_factory.mktemp("hed") / HED.published
-    torch.save(theirs.state_dict(), path)
-    return HED.load(path), theirs
+    return through_a_file(HED, theirs.state_dict(), tmp_path_factory), theirs
 
 
 @pytest.fixture(scope="module")
 def mlsd(oracle, tmp_path_factory):
     theirs = randomise(oracle.mbv2_mlsd_large.MobileV2_MLSD_Large())
-    path = tmp_path_factory.mktemp("mlsd") / MLSD.published
-    torch.save(theirs.state_dict(), path)
-    return MLSD.load(path), theirs
+    return through_a_file(MLSD, theirs.state_dict(), tmp_path_factory), theirs
 
 
 @pytest.fixture(scope="module")
 def pose(oracle, tmp_path_factory):
     """As published: without the names of the blocks, which their loader adds."""
     theirs = randomise(oracle.model.bodypose_model())
-    path = tmp_path_factory.mktemp("pose") / BodyPose.published
-    torch.save({key.split(".", 1)[1]: tensor for key, tensor in theirs.state_dict().items()}, path)
-    return BodyPose.load(path), theirs
+    return through_a_file(
+        BodyPose, {key.split(".", 1)[1]: tensor for key, tensor in theirs.state_dict().items()}, tmp_path_factory
+    ), theirs
 
 
 def test_resize_is_opencvs():

@@ -123,6 +123,13 @@ def levels(ours, theirs):
     return abs(np.asarray(ours) - (theirs * 255).round()).max()
 
 
+def quiet(kind, components):
+    """One of diffusers' pipelines, without its progress bar."""
+    made = kind(**components, requires_safety_checker=False)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 LIMIT = 2e-6
 
 
@@ -245,10 +252,8 @@ def test_a_guided_controlled_picture(sd, net, pipe, inputs, guess):
 
 def test_two_controlnets(sd, net, pipe, inputs):
     hint = inputs["hint"][:1, :, :, :128]
-    both = diffusers.StableDiffusionControlNetPipeline(
-        **{**pipe.components, "controlnet": [pipe.controlnet, pipe.controlnet]}, requires_safety_checker=False
-    )
-    both.set_progress_bar_config(disable=True)
+    nets = [pipe.controlnet, pipe.controlnet]
+    both = quiet(diffusers.StableDiffusionControlNetPipeline, {**pipe.components, "controlnet": nets})
     theirs = both(
         "a red ball",
         image=[hint, hint.flip(3)],
@@ -272,11 +277,8 @@ def test_two_controlnets(sd, net, pipe, inputs):
 
 def test_drawing_on_from_an_image(sd, pipe):
     """diffusers' image to image, from the same latents (its own encoder adds noise to them)."""
-    from_image = diffusers.StableDiffusionImg2ImgPipeline(
-        **{k: v for k, v in pipe.components.items() if k not in ("controlnet", "image_encoder")},
-        requires_safety_checker=False,
-    )
-    from_image.set_progress_bar_config(disable=True)
+    components = {k: v for k, v in pipe.components.items() if k not in ("controlnet", "image_encoder")}
+    from_image = quiet(diffusers.StableDiffusionImg2ImgPipeline, components)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     theirs = from_image(
         "a red ball",
@@ -293,11 +295,8 @@ def test_drawing_on_from_an_image(sd, pipe):
 
 def test_drawing_inside_a_mask(sd, pipe, monkeypatch):
     """diffusers' inpainting with a plain U-Net; pixels of the mask are put back by minicn alone."""
-    inside = diffusers.StableDiffusionInpaintPipeline(
-        **{k: v for k, v in pipe.components.items() if k not in ("controlnet", "image_encoder")},
-        requires_safety_checker=False,
-    )
-    inside.set_progress_bar_config(disable=True)
+    components = {k: v for k, v in pipe.components.items() if k not in ("controlnet", "image_encoder")}
+    inside = quiet(diffusers.StableDiffusionInpaintPipeline, components)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     mask = Image.new("L", (128, 128))
     mask.paste(255, (32, 40, 96, 120))
@@ -325,11 +324,8 @@ def test_residuals_averaged_over_all_positions(control_folder, sd, pipe, inputs,
     shutil.copytree(control_folder, tmp_path / "shuffle")
     config = json.loads((control_folder / "config.json").read_text()) | {"global_pool_conditions": True}
     (tmp_path / "shuffle" / "config.json").write_text(json.dumps(config))
-    pooled = diffusers.StableDiffusionControlNetPipeline(
-        **{**pipe.components, "controlnet": diffusers.ControlNetModel.from_pretrained(tmp_path / "shuffle")},
-        requires_safety_checker=False,
-    )
-    pooled.set_progress_bar_config(disable=True)
+    theirs = diffusers.ControlNetModel.from_pretrained(tmp_path / "shuffle")
+    pooled = quiet(diffusers.StableDiffusionControlNetPipeline, {**pipe.components, "controlnet": theirs})
     hint, settings = inputs["hint"][:1, :, :, :128], {"guidance_scale": 4.0}
     theirs = pooled(
         "a red ball",
