@@ -4,8 +4,10 @@ import contextlib
 import csv
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -218,8 +220,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(sd, examples, tmp_pat
     assert kept(True) < 0.5 * kept(False)
 
 
-def test_autocast_keeps_the_weights_in_float32(sd, examples, tmp_path):
-    net = train(sd, examples, tmp_path / "half", precision="bfloat16", steps=2)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_autocast_keeps_the_weights_in_float32(sd, examples, tmp_path, precision):
+    net = train(sd, examples, tmp_path / "half", precision=precision, steps=2)
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert distance(net, fresh(sd)) > 1e-4
     assert distance(net, train(sd, examples, tmp_path / "whole", steps=2)) > 0  # the rounding is seen
@@ -255,7 +258,46 @@ def test_nan_stops_with_step_and_samples(sd, examples, tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
+    """Every number of a row by its name, at its step; what is not known yet (nan) is left out."""
+    written = []
+
+    class Board(contextlib.nullcontext):
+        def add_scalar(self, *scalar):
+            written.append(scalar)
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = lambda folder: Board()
+    Board.__enter__ = lambda self: self
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = recording.Run(tmp_path, {})
+    run.log(step=3, loss=0.5, score=float("nan"))
+    assert written == [("loss", 0.5, 3)]
+
+
 # Checkpoints
+
+
+def test_a_stop_within_an_accumulation_loses_nothing(sd, examples, tmp_path, monkeypatch):
+    """SIGTERM in the first of two parts of step 2: the step ends, is kept, and --resume ends with the same weights."""
+    settings = {"steps": 4, "batch_size": 4, "accumulate": 2, "lr": 1e-3}
+    whole, recipe = train(sd, examples, tmp_path / "whole", **settings), training.Recipe(**settings)
+    calls, loss = [], training.controlnet_loss
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*arguments)
+
+    for resume in (False, True):
+        run, net = recording.Run(tmp_path / "stopped", dataclasses.asdict(recipe)), fresh(sd, seed=int(resume))
+        run.prepare(resume)
+        monkeypatch.setattr(training, "controlnet_loss", loss if resume else interrupted)
+        with contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt, match="after step 2 of 4"):
+            training.train(sd, net, examples, None, run, recipe, resume=resume)
+        assert torch.load(run.checkpoint, weights_only=True)["step"] == (4 if resume else 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), net.parameters(), strict=True))
 
 
 def test_older_checkpoints_are_kept_and_used_if_the_newest_is_damaged(tmp_path):
