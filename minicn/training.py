@@ -26,6 +26,7 @@ from minicn.pipeline import StableDiffusion
 from minicn.recording import Run, StopRequest, Validation, encode, stack, zero_norms
 from minicn.unet import UNet
 
+EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: the toy's ControlNets begin to follow there
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -227,6 +228,8 @@ def train(
 ) -> None:
     """Train a ControlNet by a recipe; leave log, sheets, checkpoints and weights (both layouts) in the run's folder.
 
+    score_every       steps between pictures drawn and scored; besides after EARLY steps
+    checkpoint_every  steps between checkpoints
     Under torchrun every process takes its share of each batch (DDP; with unlock "all", of the model, too: FSDP2); the first
     one draws, logs and saves.
     Ctrl-C or SIGTERM lets the step end, saves checkpoint and weights, then raises KeyboardInterrupt. Raises ValueError,
@@ -346,7 +349,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
             run.losses.append(value)
             if step % 20 == 0:
                 bar.set_postfix(shown | {"loss": f"{statistics.fmean(run.losses):.4f}"}, refresh=False)
-            looking = step % score_every == 0 or step == recipe.steps
+            looking = step % score_every == 0 or step in EARLY or step == recipe.steps
             saving = step % checkpoint_every == 0 or step == recipe.steps or stopping
             if sharded and (looking or saving):
                 sharding.gather(model, joint)

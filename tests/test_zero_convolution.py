@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import outputs_of
 from torch import nn
 
-from minicn import ControlledBlock, ControlNet, zero_conv, zero_linear
+from minicn import ControlledBlock, ControlNet, hint_encoder, zero_conv, zero_linear
 from minicn.unet import ResBlock, TransformerBlock
 
 LR = 0.1
@@ -470,3 +470,23 @@ def test_training_changes_the_controlnet_alone(whole, optimizer):
     assert same(tensors(unet), before)
     assert all(p.grad is None for p in unet.parameters())
     assert all(not torch.equal(t, first[name]) for name, t in tensors(net).items())
+
+
+@pytest.mark.parametrize("channels", [(8, 16, 32, 64), (16, 32, 96, 256)])
+@pytest.mark.parametrize("paper", [False, True])
+def test_a_hint_arrives_at_the_end_of_the_hint_encoder(channels, paper):
+    """The difference between two hints keeps its size up to the last layer, not as with PyTorch's own first weights.
+
+    Those dim it several thousand times in the released encoder of eight layers.
+    """
+    torch.manual_seed(0)
+    encoder, (a, b) = hint_encoder(32, channels, paper)[:-1], (torch.rand(2, 1, 3, 64, 64) > 0.9).float()
+
+    def arrives():
+        return ((encoder(a) - encoder(b)).norm() / encoder(a).numel() ** 0.5) / ((a - b).norm() / a.numel() ** 0.5)
+
+    with torch.no_grad():
+        assert (0.1 if paper else 0.02) < arrives() < 1
+        for layer in encoder[::2]:
+            layer.reset_parameters()
+        assert arrives() < (0.1 if paper else 1 / 2000)
