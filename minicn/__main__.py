@@ -273,7 +273,7 @@ class Lines(cli.Formatter):
 
 
 def size(text: str) -> tuple[int, int]:
-    """Convert "640x480" to (640, 480), the width first."""
+    """Convert "640x480" to 640 and 480, the width first."""
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:

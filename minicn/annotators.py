@@ -75,7 +75,7 @@ class Annotator(nn.Module):
 
 
 def resize(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (H, W, C) as ControlNet's annotators do: means of areas if it gets smaller, else Lanczos; dtype kept."""
+    """Resize a picture (H, W, C) as ControlNet's annotators do: means of areas if it shrinks, else Lanczos; dtype kept."""
     if picture.shape[:2] == (height, width):
         return picture
     return conditions.resample(picture, height, width, "area" if height + width < sum(picture.shape[:2]) else "lanczos")
@@ -297,8 +297,8 @@ def find_lines(maps: Tensor, strongest: int = 200, score: float = 0.1, length: f
     is_peak = heat == F.max_pool2d(heat[None], 3, stride=1, padding=1)[0]
     scores, indices = (heat * is_peak).flatten().topk(min(strongest, heat.numel()))
     width = heat.shape[1]
-    centres = torch.stack([indices % width, indices // width] * 2, 1).double()  # (N, 4): x, y, x, y
-    away = maps[1:5].flatten(1)[:, indices].T  # (N, 4)
+    centres = torch.stack([indices % width, indices // width] * 2, 1).double()  # (M, 4): x, y, x, y of M peaks
+    away = maps[1:5].flatten(1)[:, indices].T  # (M, 4)
     longer = (away[:, :2] - away[:, 2:]).norm(dim=1) > length
     return (2 * (centres + away))[(scores > score) & longer].numpy()
 
@@ -441,7 +441,7 @@ def find_people(
 
     fields      (38, h, w): unit vectors along limbs, x and y by turns; channels as in LIMBS
     parts       (18 or more, h, w): about 1 where a part is
-    enlarge     makes of a map (h, w) one of the picture's size, of which two are held at a time
+    enlarge     makes of a map (h, w) one of the picture's size, (H, W), of which two are held at a time
     fewest      people with fewer parts are left out
     mean_score  and those whose score for each part is less
     Returns (P, 18, 3): x, y in pixels and confidence, all 0 for a part that was not seen.

@@ -103,7 +103,7 @@ def load_hint(path: str | Path) -> Tensor:
 
 
 def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """Turn a picture into a hint (B, 3, H, W) float32 in [0, 1].
+    """Turn a picture into a hint, (B, 3, H, W) float32 in [0, 1].
 
     hint  PIL picture of any mode; array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8; or float tensor
           (3, H, W) or (B, 3, H, W) in [0, 1]
@@ -162,7 +162,7 @@ def official_resize(image: Image.Image | np.ndarray, resolution: int) -> Image.I
 
 
 def resample(array: np.ndarray, height: int, width: int, kind: str) -> np.ndarray:
-    """Resize (H, W) or (H, W, C) of uint8 or float as cv2.resize does; uint8 stays so, within a grey level.
+    """Resize an array (H, W) or (H, W, C) of uint8 or float as cv2.resize does; uint8 stays so, within a grey level.
 
     kind  "nearest", "linear", "area" or "lanczos" (OpenCV's INTER_NEAREST, _LINEAR, _AREA, _LANCZOS4)
     """
@@ -224,7 +224,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _grey(values: np.ndarray) -> np.ndarray:
-    """Return (H, W), booleans or uint8, as a hint of three equal channels; booleans are white where true."""
+    """Return values (H, W), booleans or uint8, as a hint (H, W, 3) of equal channels; booleans are white where true."""
     if values.dtype == bool:
         values = values * np.uint8(255)
     return np.repeat(values[..., None], 3, axis=2)
@@ -264,7 +264,7 @@ def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) 
 
 
 def _frame(array: np.ndarray) -> np.ndarray:
-    """Put zeros around (H, W), so that every pixel has eight neighbours."""
+    """Put zeros around an array (H, W), so that every pixel has eight neighbours."""
     return np.pad(array, 1)
 
 
@@ -800,7 +800,7 @@ def normal_from_depth(depth: np.ndarray, background: float = 0.4, version: str =
 def read_normals(path: str | Path, axes: str = "opengl") -> np.ndarray:
     """Read a normal map (H, W, 3) float of unit length, x right, y up, z to the viewer, from a picture or a .npy file.
 
-    path  picture, 0 to 255 for -1 to 1; or .npy of (H, W, 3) floats
+    path  picture, 0 to 255 for -1 to 1; or .npy of floats
     axes  "opengl": red is right, green is top. "directx": red is right, green is bottom. "v1.1", "v1.0": ControlNet's own.
           "diode": the data set's, y down and z away from the viewer.
     Vectors of length 0, which stand for unknown, face the viewer. A twentieth of the others may differ from unit length by

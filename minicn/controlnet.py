@@ -36,7 +36,7 @@ class ControlledBlock(nn.Module):
 
     block  any nn.Module of one tensor (further arguments are passed on); it is locked, and a copy of it learns.
     c_in, c_out  widths of x and of F(x)
-    zero   makes the zero convolutions: `zero_conv` for maps (B, C, H, W), `zero_linear` for tokens (B, N, C)
+    zero   makes the zero convolutions: `zero_conv` for maps, `zero_linear` for tokens
     """
 
     def __init__(
@@ -226,9 +226,10 @@ class ControlNet(nn.Module):
     def residuals(
         self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor | TextKeys, emb: Tensor | None = None
     ) -> list[Tensor]:
-        """Do what `forward` does from E(hint), (B, C, h, w): a sampler computes that once, not every step.
+        """Do what `forward` does from hint_features (B, C, h, w), E(hint): a sampler computes that once, not every step.
 
-        context, emb  also `TextKeys` and the embedded timesteps, (1, 4 C), computed once by a sampler
+        context  also `TextKeys`, computed once by a sampler
+        emb      (1 or B, 4 C), the timesteps embedded, likewise
         """
         check_inputs(self.cfg.unet, x, timesteps, context)
         emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb

@@ -58,7 +58,7 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not x.is_contiguous():
             about = x.detach()[:, :, ::8, ::8].unflatten(1, (self.num_groups, -1)).mean((2, 3, 4), keepdim=True)
-            x = x - about.expand(-1, -1, self.num_channels // self.num_groups, 1, 1).flatten(1, 2)  # (B, C, 1, 1)
+            x = x - about.expand(-1, -1, self.num_channels // self.num_groups, 1, 1).flatten(1, 2)  # one number a channel
         return super().forward(x)
 
 
@@ -104,7 +104,7 @@ class MatrixProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (b, c, h, w) = ctx.saved_tensors, ctx.shape
-        grad = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C_out)
+        grad = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (b * h * w, C_out)
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
             parts = (grad @ MatrixProduct.matrix(weight)).view(b, h, w, 3, 3, c)
@@ -233,7 +233,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C)
         h = self.transformer_blocks[0](h, context)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (k B, C, H, W), for k texts a sample
         return repeat(x, len(h)) + self.proj_out(h)
 
 
@@ -414,7 +414,7 @@ def check_control(control: list[Tensor], features: list[Tensor], count: int) -> 
     for i, (residual, feature) in enumerate(zip(control, features, strict=True)):
         if residual is None:
             continue
-        fits = residual.shape[2:] in (feature.shape[2:], (1, 1))  # (1, 1): averaged over all positions
+        fits = residual.shape[2:] in (feature.shape[2:], (1, 1))  # 1x1: averaged over all positions
         if not fits or residual.shape[1] != feature.shape[1] or len(residual) not in (1, len(feature), count):
             raise ValueError(
                 f"control[{i}] has shape {tuple(residual.shape)}, but the model needs {tuple(feature.shape)}: "
