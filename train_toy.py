@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add, count = parser.add_argument, cli.whole(1)
     add("--steps", type=count, default=10000, help="optimiser steps, 1 and up")
     add("--batch-size", type=count, default=None, help="samples a step, 1 and up (default: 4, with --base 32)")
-    add("--lr", type=cli.number(0, 1), default=1e-3, help="learning rate of AdamW, 0 to 1")
+    add("--lr", type=cli.number(0, 1), default=None, help="learning rate of AdamW, 0 to 1 (default: 3e-4, with --base 1e-3)")
     add("--seed", type=cli.whole(0), default=0, help="of the start, the data order and the noise, 0 and up")
     add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -47,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
     args = parser.parse_args(argv)
     args.batch_size = args.batch_size or (32 if args.base else 4)
+    if args.lr is None:
+        args.lr = 1e-3 if args.base else 3e-4
     args.model = args.model or (None if args.base else "toy")
     args.output = args.output or Path("runs") / ("base" if args.base else args.condition)
     return args
