@@ -51,7 +51,9 @@ def pictures(rows, titles=(), row_titles=(), caption: str = "", size: float = 1.
             axes[i][0].set_ylabel(row_titles[i], fontsize=9)
     figure.tight_layout(pad=0.3)
     file = io.BytesIO()
-    figure.savefig(file, format="jpeg", bbox_inches="tight", pil_kwargs={"quality": 85})  # noise as PNG would weigh megabytes
+    figure.savefig(
+        file, format="jpeg", bbox_inches="tight", pil_kwargs={"quality": 85}
+    )  # noise as PNG would weigh megabytes
     plt.close(figure)
     display(Image(file.getvalue(), format="jpeg"))
     say(caption)
