@@ -1,0 +1,61 @@
+"""The eleven toy ControlNets that ship: there is one for each condition, it follows, and its card says what its log says."""
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minicn import ControlNet, StableDiffusion, conditions, hub, measures, recording, toy
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+TABLE = README.split("## Hints")[1].split("\n## ")[0]
+
+
+def log(condition: str) -> list[dict[str, float]]:
+    with open(hub.TOY_CONTROLNETS / condition / "log.csv") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return StableDiffusion.load("toy")
+
+
+def test_there_is_one_for_each_condition():
+    assert sorted(folder.name for folder in hub.TOY_CONTROLNETS.glob("*/")) == sorted(conditions.NAMES)
+
+
+@pytest.mark.parametrize("condition", conditions.NAMES)
+def test_it_follows_its_own_hint_and_no_other(sd, condition):
+    """Four held-out scenes, ten steps: the pictures agree with their own scenes, and far less with each other's."""
+    scenes = list(toy.scenes(4, "test", condition, first=1300))
+    net = ControlNet.load(f"toy-{condition}", unet=sd.unet)
+    hints = recording.stack([scene.hint(condition) for scene in scenes]).float() / 255
+    images = sd.generate([s.caption for s in scenes], hint=hints, controlnet=net, num_steps=10, guidance_scale=3.0)
+    measure = measures.measure(condition)
+    ceiling = measures.mean(measure, [scene.image for scene in scenes], scenes)
+    own, other = (measures.mean(measure, images, np.roll(np.array(scenes, object), k)) for k in (0, 1))
+    assert own > 0.6 * ceiling
+    assert own > other + 0.25
+
+
+@pytest.mark.parametrize("condition", conditions.NAMES)
+def test_card_and_readme_say_what_the_log_says(condition):
+    """Steps trained, steps between which it began to follow, and the measured score, in the card and in the README."""
+    rows = log(condition)
+    i = next(i for i, row in enumerate(rows) if row["score"] >= recording.FOLLOWS)
+    before, after, last = rows[i - 1], rows[i], rows[-1]
+    card = (hub.TOY_CONTROLNETS / condition / "README.md").read_text("utf-8")
+    assert f"--steps {last['step']:.0f}" in card
+    assert ("--condition" not in card.split("\n| recipe")[0]) == (condition == "canny")
+    assert re.search(
+        rf"{before['score']:.2f} at step {before['step']:.0f} to {after['score']:.2f} at step {after['step']:.0f}", card
+    )
+    assert f"ends at {last['score']:.2f}" in card
+    measured = re.search(r"following score (\d\.\d\d) on 200 held-out scenes", card)[1]
+    row = re.search(rf"(?m)^\| `{condition}` \|.* \| (.*) \| (\d\.\d\d) \| (\d+) and (\d+) \| ([\d,]+) \|$", TABLE)
+    assert row.groups()[1:] == (measured, f"{before['step']:.0f}", f"{after['step']:.0f}", f"{last['step']:,.0f}")
+    floor, ceiling, value = map(float, re.findall(r"\| (\d\.\d{3})", row[0]))
+    assert abs(measures.score(value, floor, ceiling) - float(measured)) < 0.01
