@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from minicn import __main__, conditions, toy
+import minicn
+from minicn import StableDiffusion, __main__, conditions, palettes, toy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -77,6 +79,47 @@ def test_the_tests_named_in_the_table_exist():
     assert len(names) >= 4
     assert all(f"def {name}(" in sources for name in names)
     assert all((ROOT / path).exists() for path in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", table))
+
+
+def parameters(model):
+    """Return tensors and parameters of a model that takes no memory."""
+    with torch.device("meta"):
+        found = list(model().state_dict().values())
+    return len(found), sum(t.numel() for t in found)
+
+
+def dimming():
+    """Return by what factor the difference of two Canny hints shrinks in a hint encoder with PyTorch's first weights."""
+    torch.manual_seed(0)
+    encoder = minicn.hint_encoder(320)[:-1]
+    for layer in encoder[::2]:
+        layer.reset_parameters()
+    a, b = (torch.from_numpy(toy.scene(i, "test").hint("canny")).permute(2, 0, 1)[None] / 255 for i in (0, 1))
+    with torch.no_grad():
+        after = (encoder(a) - encoder(b)).square().mean().sqrt()
+    return ((a - b).square().mean().sqrt() / after).item()
+
+
+def test_numbers_are_recomputed():
+    """What the README counts is counted again. (What it measured is in logs, cards, and benchmarks.)"""
+    models = (minicn.UNet, minicn.ControlNet, minicn.VAE, minicn.TextEncoder)
+    counts = [parameters(model) for model in models]
+    u, c, v, t = [f"{tensors} tensors, {numbers:,} parameters" for tensors, numbers in counts]
+    short = [text.replace(" tensors", "").replace(" parameters", "") for text in (c, v, t)]
+    assert f"U-Net {u}; ControlNet {short[0]}; VAE {short[1]}; text {short[2]}" in README
+    assert "six things, eleven colours" in README
+    assert (len(toy.THINGS), len(toy.COLOURS) + len(toy.BACKGROUNDS)) == (6, 11)
+    assert "the 150 and 182 colours" in README
+    assert (len(palettes.ADE20K_COLOURS), len(palettes.COCO_STUFF_COLOURS)) == (150, 182)
+    assert "48 times fewer numbers" in README
+    assert minicn.VAE().encode(torch.zeros(1, 3, 64, 64))[0].numel() * 48 == 3 * 64 * 64
+    assert "dims a hint 6000 times" in README
+    assert 4000 < dimming() < 9000
+    assert "12 + 1 + 12 blocks" in README
+    unet = StableDiffusion.load("toy").unet
+    assert (len(unet.input_blocks), len(unet.output_blocks)) == (12, 12)
+    assert "Prompts are cut at 77 tokens" in README
+    assert minicn.TextConfig().max_positions == 77
 
 
 def test_links_and_pictures_exist():

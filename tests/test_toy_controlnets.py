@@ -13,8 +13,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 TABLE = README.split("## Hints")[1].split("\n## ")[0]
 
 
-def log(condition: str) -> list[dict[str, float]]:
-    with open(hub.TOY_CONTROLNETS / condition / "log.csv") as file:
+def log(condition: str, name: str = "log.csv") -> list[dict[str, float]]:
+    with open(hub.TOY_CONTROLNETS / condition / name) as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
@@ -59,3 +59,15 @@ def test_card_and_readme_say_what_the_log_says(condition):
     assert row.groups()[1:] == (measured, f"{before['step']:.0f}", f"{after['step']:.0f}", f"{last['step']:,.0f}")
     floor, ceiling, value = map(float, re.findall(r"\| (\d\.\d{3})", row[0]))
     assert abs(measures.score(value, floor, ceiling) - float(measured)) < 0.01
+
+
+def test_with_pytorchs_first_weights_following_begins_ten_times_later():
+    """The README's and `controlnet.start`'s claim, from the two logs: after 2500 steps instead of 150."""
+    begins = []
+    for name in ("log.csv", "log_pytorch_start.csv"):
+        rows = log("depth", name)
+        begins.append(
+            next(before["step"] for before, row in zip(rows, rows[1:], strict=False) if row["score"] >= recording.FOLLOWS)
+        )
+    assert begins == [150, 2500]
+    assert "after 150 steps instead of 2500" in README
