@@ -285,10 +285,14 @@ def test_from_unet_takes_the_unets_dtype(unet, hint_channels, dtype):
 
 
 def test_fresh_zero_convolutions_are_zero_and_nothing_else_is(controlnet):
-    """14 convolutions start at zero: 12 for the skips, 1 for the middle, 1 at the end of the hint encoder."""
+    """14 convolutions start at zero: 12 for the skips, 1 for the middle, 1 at the end of the hint encoder.
+
+    No other weight does, and of the biases only the hint encoder's.
+    """
     zero = {name for name, p in controlnet.named_parameters() if not p.any()}
     layers = [f"zero_convs.{i}.0" for i in range(12)] + ["middle_block_out.0", "input_hint_block.14"]
-    assert zero == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    biases = {f"input_hint_block.{i}.bias" for i in range(0, 14, 2)}
+    assert zero == biases | {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     kernels = [dict(controlnet.named_modules())[layer].kernel_size for layer in layers]
     assert kernels == [(1, 1)] * 13 + [(3, 3)]  # Paper vs code: the one at the hint is 3x3
 
