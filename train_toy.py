@@ -15,6 +15,7 @@ import torch
 from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, toy, training
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
+EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: most conditions begin to follow there
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -92,6 +93,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
         run,
         recipe,
         score_every=args.score_every,
+        score_after=EARLY,
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
     )

@@ -26,7 +26,6 @@ from minicn.pipeline import StableDiffusion
 from minicn.recording import Run, StopRequest, Validation, encode, stack, zero_norms
 from minicn.unet import UNet
 
-EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: the toy's ControlNets begin to follow there
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -223,12 +222,14 @@ def train(
     recipe: Recipe,
     *,
     score_every: int = 250,
+    score_after: Sequence[int] = (),
     checkpoint_every: int = 1000,
     resume: bool = False,
 ) -> None:
     """Train a ControlNet by a recipe; leave log, sheets, checkpoints and weights (both layouts) in the run's folder.
 
-    score_every       steps between pictures drawn and scored; besides after EARLY steps
+    score_every       steps between pictures drawn and scored
+    score_after       steps after which they are, too
     checkpoint_every  steps between checkpoints
     Under torchrun every process takes its share of each batch (DDP; with unlock "all", of the model, too: FSDP2); the first
     one draws, logs and saves.
@@ -236,12 +237,12 @@ def train(
     naming step and samples, if the loss is no number any more.
     """
     try:
-        _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_every, resume)
+        _train(sd, net, examples, validation, run, recipe, score_every, score_after, checkpoint_every, resume)
     finally:
         run.release()
 
 
-def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_every, resume) -> None:
+def _train(sd, net, examples, validation, run, recipe, score_every, score_after, checkpoint_every, resume) -> None:
     device, (rank, world) = sd.device, process()
     if recipe.batch_size % (world * recipe.accumulate):
         raise ValueError(
@@ -349,7 +350,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, checkpoint_e
             run.losses.append(value)
             if step % 20 == 0:
                 bar.set_postfix(shown | {"loss": f"{statistics.fmean(run.losses):.4f}"}, refresh=False)
-            looking = step % score_every == 0 or step in EARLY or step == recipe.steps
+            looking = step % score_every == 0 or step in score_after or step == recipe.steps
             saving = step % checkpoint_every == 0 or step == recipe.steps or stopping
             if sharded and (looking or saving):
                 sharding.gather(model, joint)

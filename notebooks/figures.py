@@ -50,10 +50,8 @@ def pictures(rows, titles=(), row_titles=(), caption: str = "", size: float = 1.
         if i < len(row_titles):
             axes[i][0].set_ylabel(row_titles[i], fontsize=9)
     figure.tight_layout(pad=0.3)
-    file = io.BytesIO()
-    figure.savefig(
-        file, format="jpeg", bbox_inches="tight", pil_kwargs={"quality": 85}
-    )  # noise as PNG would weigh megabytes
+    file = io.BytesIO()  # a JPEG: noise as PNG would weigh megabytes
+    figure.savefig(file, format="jpeg", bbox_inches="tight", pil_kwargs={"quality": 85})
     plt.close(figure)
     display(Image(file.getvalue(), format="jpeg"))
     say(caption)

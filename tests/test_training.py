@@ -60,13 +60,13 @@ def fresh(sd, seed=0):
     return ControlNet.from_unet(sd.unet, hint_channels=(4, 4, 8, 8))
 
 
-def train(sd, examples, folder, net=None, validation=None, every=100, **settings):
+def train(sd, examples, folder, net=None, validation=None, every=100, after=(), **settings):
     """Train in a folder and return the ControlNet."""
     recipe = training.Recipe(**{"steps": 3, "lr": 1e-3} | settings)
     run = recording.Run(folder, dataclasses.asdict(recipe))
     run.prepare(False)
     net = net or fresh(sd)
-    training.train(sd, net, examples, validation, run, recipe, score_every=every)
+    training.train(sd, net, examples, validation, run, recipe, score_every=every, score_after=after)
     return net
 
 
@@ -229,6 +229,15 @@ def test_autocast_keeps_the_weights_in_float32(sd, examples, tmp_path, precision
 
 
 # What is seen
+
+
+def test_pictures_are_drawn_after_the_steps_asked_for(sd, examples, tmp_path):
+    """Every so many steps, after those named, and at both ends."""
+    scene = toy.scene(0, "test")
+    validation = recording.Validation(sd, [scene.image], [scene.hint("canny")], [scene.caption], 1.0, num_steps=1)
+    train(sd, examples, tmp_path, validation=validation, every=4, after=(1, 3), steps=5)
+    rows = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
+    assert [row["step"] for row in rows] == ["0", "1", "3", "4", "5"]
 
 
 def test_the_log_holds_what_changes(sd, examples, tmp_path):
