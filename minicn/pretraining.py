@@ -8,8 +8,9 @@ perceptual loss of the autoencoder; an L1 loss on differences of neighbouring pi
 
 import contextlib
 import copy
+import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,16 +22,20 @@ from tqdm import tqdm
 from minicn import ddim, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
-from minicn.recording import StopRequest, check_resume, encode, save_whole, stack
+from minicn.recording import StopRequest, check_resume, encode, save_whole
 from minicn.tokenizer import Tokenizer, byte_letters
-from minicn.training import process
+from minicn.training import learning_rate_factor, process
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
 TOY_VAE = VAEConfig(channels=(16, 32, 64, 96), norm_num_groups=4)
-TOY_UNET = UNetConfig(model_channels=32, num_heads=2, context_dim=64, norm_num_groups=8)
-TOY_TEXT = dict(hidden_size=64, intermediate_size=256, num_layers=3, num_heads=2)  # vocabulary: what is learned
+TOY_UNET = UNetConfig(model_channels=32, num_heads=2, context_dim=96, norm_num_groups=8)
+TOY_TEXT = dict(hidden_size=96, intermediate_size=384, num_layers=3, num_heads=3)  # vocabulary: what is learned
 DROP_PROMPT = 0.1  # share of empty prompts, so that guidance has an unconditional prediction to start from
+MIN_SNR = 5.0  # the signal-to-noise ratio from which less noisy steps count less, see `snr_weight`
+VARIANTS = 8  # ways in which a scene is described, drawn once; each step takes one of them
+WARM_UP = 200  # steps over which the U-Net's learning rate rises
+PEOPLE = 2.0  # how much more often scenes with people are shown: people are hardest
 
 
 def init_vae(vae: VAE) -> None:
@@ -184,6 +189,73 @@ def learn_merges(texts: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
+def describe(scene: toy.Scene, draw: Callable[[], float]) -> str:
+    """Say what a scene shows as people would, not always as the toy world does.
+
+    draw  a random number in [0, 1)
+
+    Half of the time the scene's own caption; else with "and" between two things, without the background, without
+    colours, with words that mean nothing here, or a sentence that says nothing of the scene: so prompts of other words
+    draw something whole, too.
+    """
+    names = [f"{toy._article(thing.colour)} {thing.kind}" for thing in scene.things]
+    background = f" on a {scene.background} background"
+    kind = draw()
+    if kind < 0.5:
+        return scene.caption
+    if kind < 0.7:
+        if len(names) == 2:
+            names = names if draw() < 0.5 else names[::-1]
+            said = " and ".join(names)
+        else:
+            said = scene.caption.removesuffix(background)
+        return said + (background if draw() < 0.7 else "")
+    if kind < 0.78:
+        return scene.caption.removesuffix(background)
+    if kind < 0.84:
+        kinds = [f"a {thing.kind}" for thing in scene.things]
+        said = kinds[0] if len(kinds) == 1 else ", ".join(kinds[:-1]) + " and " + kinds[-1]
+        return said + (background if draw() < 0.5 else "")
+    if kind < 0.94:
+        words = scene.caption.split(" ")
+        for _ in range(1 + int(3 * draw())):
+            words.insert(int((len(words) + 1) * draw()), _unknown(draw))
+        return " ".join(words)
+    if kind < 0.98:
+        return NEUTRAL[int(len(NEUTRAL) * draw())]
+    return " ".join(_unknown(draw) for _ in range(1 + int(6 * draw())))
+
+
+def _unknown(draw: Callable[[], float]) -> str:
+    if draw() < 0.5:
+        return OTHER_WORDS[int(len(OTHER_WORDS) * draw())]
+    return "".join("abcdefghijklmnopqrstuvwxyz"[int(26 * draw())] for _ in range(2 + int(8 * draw())))
+
+
+NEUTRAL = (
+    "a picture",
+    "a picture of things",
+    "things on a background",
+    "a professional, detailed, high-quality image",  # the paper's default prompt
+)
+# Words that people write and that mean nothing in the toy world.
+OTHER_WORDS = (
+    "photo drawing painting image art scene masterpiece beautiful detailed big small shiny simple colourful realistic best "
+    "quality 4k with the of in and an nice house dog cat car tree sky woman man girl boy room street city river"
+).split()
+
+
+def snr_weight(abar_t: Tensor) -> Tensor:
+    """Return the weight of the loss at abar_t: min(SNR, 5) / SNR, SNR = abar_t / (1 - abar_t).
+
+    Source: Hang et al., arXiv:2303.09556, min-SNR weighting for predicted noise. The steps of little noise, at which
+    the small network can only guess the noise, would take the most of the gradient; what a picture shows, and which
+    thing has which colour, is decided at the others.
+    """
+    snr = abar_t / (1 - abar_t)
+    return snr.clamp(max=MIN_SNR) / snr
+
+
 class Denoiser(nn.Module):
     """U-Net and text transformer as one module: noisy latents, timesteps and tokens to predicted noise."""
 
@@ -198,7 +270,8 @@ class Denoiser(nn.Module):
 
 def train_unet(
     latents: Tensor,
-    captions: list[str],
+    captions: list[list[str]],
+    chances: Tensor,
     tokenizer: Tokenizer,
     steps: int,
     batch_size: int,
@@ -210,34 +283,41 @@ def train_unet(
     """Train U-Net and text transformer together; return their moving average.
 
     latents     (N, 4, 16, 16)  scaled latents of the pictures with these captions; under torchrun, this process's own
+    captions    N lists         VARIANTS ways to describe each picture
+    chances     (N,)            how often each is shown, in any unit
     batch_size  samples a step, in each process
-    start       the model whose weights to begin with; None: random ones
+    start       the model whose weights to begin with, where their shapes fit; None: random ones
     """
-    tokens, empty = tokenizer(captions), tokenizer([""])
+    tokens = torch.stack([tokenizer(said).short() for said in captions])  # (N, VARIANTS, 77)
+    empty = tokenizer([""])
     abar = ddim.alphas_cumprod().to(device)
     torch.manual_seed(checkpoint.seed)
     model = Denoiser(len(tokenizer.vocab))
     if start is not None:
-        model.unet.load_state_dict(start.unet.state_dict())
-        model.text.load_state_dict(start.text_encoder.state_dict())
+        for part, old in ((model.unet, start.unet), (model.text, start.text_encoder)):
+            shapes = {name: tensor.shape for name, tensor in part.state_dict().items()}
+            fits = {name: tensor for name, tensor in old.state_dict().items() if tensor.shape == shapes.get(name)}
+            part.load_state_dict(fits, strict=False)
     model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).requires_grad_(False)
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if process()[1] > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     smooth = None
-    for step, bar in checkpoint.loop(steps, model=model, average=average, optimizer=optimizer, schedule=schedule):
-        chosen = torch.randint(len(latents), (batch_size,))
+    for step, bar in checkpoint.loop(steps, model=model, average=average, optimizer=optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / WARM_UP) * learning_rate_factor(step + 1, steps, decay=0.4)
+        chosen = torch.multinomial(chances, batch_size, replacement=True)
         dropped = torch.rand(batch_size, 1) < DROP_PROMPT
-        words = torch.where(dropped, empty, tokens[chosen]).to(device)
+        said = tokens[chosen, torch.randint(VARIANTS, (batch_size,))].long()
+        words = torch.where(dropped, empty, said).to(device)
         x_0 = latents[chosen].to(device).contiguous(memory_format=torch.channels_last)
         t, eps = torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (batch_size,), device=device), torch.randn_like(x_0)
-        loss = F.mse_loss(parallel(ddim.add_noise(x_0, eps, abar[t]), t, words), eps)
+        error = parallel(ddim.add_noise(x_0, eps, abar[t]), t, words) - eps
+        loss = (error.square().mean((1, 2, 3)) * snr_weight(abar[t])).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
         with torch.no_grad():
             kept = min(0.999, step / (step + 9))
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - kept)
@@ -247,10 +327,15 @@ def train_unet(
     return average.eval()
 
 
-def pictures(indices: Iterable[int]) -> tuple[Tensor, list[str]]:
-    """Draw toy pictures, uint8 (N, 3, 128, 128), and their captions."""
-    scenes = [toy.scene(i) for i in tqdm(indices, desc="drawing scenes", unit="scene", disable=process()[0] > 0)]
-    return stack([scene.image for scene in scenes]), [scene.caption for scene in scenes]
+def pictures(indices: Iterable[int]) -> tuple[Tensor, list[list[str]], Tensor]:
+    """Draw toy pictures, uint8 (N, 3, 128, 128), VARIANTS descriptions of each, and how often each is to be shown (N,)."""
+    images, captions, chances = [], [], []
+    for i in tqdm(indices, desc="drawing scenes", unit="scene", disable=process()[0] > 0):
+        scene, draw = toy.scene(i), random.Random(i).random
+        images.append(torch.from_numpy(scene.image))
+        captions.append([describe(scene, draw) for _ in range(VARIANTS)])
+        chances.append(PEOPLE if any(thing.kind == "person" for thing in scene.things) else 1.0)
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), captions, torch.tensor(chances)
 
 
 def train_base(
@@ -268,7 +353,7 @@ def train_base(
 ) -> None:
     """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept.
 
-    model  the toy base whose U-Net and text transformer to train on, its autoencoder and tokenizer kept; None: from scratch
+    model  the toy base whose U-Net and text transformer to train on, its autoencoder kept; None: from scratch
 
     Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process a core waits for
     the other once a step, threads of one process at every layer.
@@ -283,13 +368,14 @@ def train_base(
     start = None if model is None else StableDiffusion.load(model, device=device)
     if start is None:
         vae = autoencoder(output / "vae.pt", scenes, vae_steps, seed, device, checkpoints[0])
-        tokenizer = Tokenizer.from_merges(learn_merges(toy.captions()))
     else:
-        vae, tokenizer = start.vae, start.tokenizer
-    images, captions = pictures(range(rank, scenes, world))
+        vae = start.vae
+    tokenizer = Tokenizer.from_merges(learn_merges([*toy.captions(), *NEUTRAL[:3]]))
+    images, captions, chances = pictures(range(rank, scenes, world))
     latents = encode(vae, images)
+    del images
     size = batch_size // world
-    trained = train_unet(latents, captions, tokenizer, unet_steps, size, lr, device, checkpoints[1], start)
+    trained = train_unet(latents, captions, chances, tokenizer, unet_steps, size, lr, device, checkpoints[1], start)
     if rank == 0:
         StableDiffusion(trained.unet, vae, trained.text, tokenizer).save(output, dtype=torch.float16)
         checkpoints[1].remove()
@@ -298,7 +384,7 @@ def train_base(
 def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device, checkpoint: Checkpoint) -> VAE:
     """Return the autoencoder of the file `finished`, trained first if there is none: in one process, while others wait."""
     if not finished.is_file() and process()[0] == 0:
-        images, _ = pictures(range(min(scenes, 4000)))
+        images, _, _ = pictures(range(min(scenes, 4000)))
         torch.manual_seed(seed)
         vae = train_vae(images, steps, device, checkpoint)
         normalise_latents(vae, images[:1000])
