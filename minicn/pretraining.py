@@ -34,6 +34,7 @@ TOY_TEXT = dict(hidden_size=96, intermediate_size=384, num_layers=3, num_heads=3
 DROP_PROMPT = 0.1  # share of empty prompts, so that guidance has an unconditional prediction to start from
 MIN_SNR = 5.0  # the signal-to-noise ratio from which less noisy steps count less, see `snr_weight`
 VARIANTS = 8  # ways in which a scene is described, drawn once; each step takes one of them
+DECAY = 0.4  # share of the U-Net's steps over which its learning rate falls
 WARM_UP = 200  # steps over which the U-Net's learning rate rises
 PEOPLE = 2.0  # how much more often scenes with people are shown: people are hardest
 
@@ -99,7 +100,8 @@ class Checkpoint:
 
     def _load(self, steps: int, parts: dict) -> int:
         state = torch.load(self.file, weights_only=True)
-        if (state["stage"], state["steps"]) != (self.stage, steps):
+        flat = state["done"] <= (1 - DECAY) * min(steps, state["steps"])  # no learning rate has fallen yet
+        if state["stage"] != self.stage or (state["steps"] != steps and not (flat and self.stage == "U-Net")):
             raise ValueError(
                 f"{self.file} was made on the way to {state['steps']} steps of the {state['stage']}, not {steps} of the "
                 f"{self.stage}: give the same"
@@ -305,7 +307,7 @@ def train_unet(
     smooth = None
     for step, bar in checkpoint.loop(steps, model=model, average=average, optimizer=optimizer):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / WARM_UP) * learning_rate_factor(step + 1, steps, decay=0.4)
+            group["lr"] = lr * min(1.0, (step + 1) / WARM_UP) * learning_rate_factor(step + 1, steps, DECAY)
         chosen = torch.multinomial(chances, batch_size, replacement=True)
         dropped = torch.rand(batch_size, 1) < DROP_PROMPT
         said = tokens[chosen, torch.randint(VARIANTS, (batch_size,))].long()
