@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import minicn.threads  # before torch, see there
+
+# isort: split
 import torch
 
-from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, toy, training
+from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, threads, toy, training
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
 EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: most conditions begin to follow there
@@ -27,6 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.whole(0), default=0, help="of the start, the data order and the noise, 0 and up")
     add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    cli.add_threads(add)
     add("--output", type=Path, default=None, help="folder for weights, log and sheets (default: runs/CONDITION)")
     add(
         "--model",
@@ -96,6 +100,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
         score_after=EARLY,
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
+        pace=cli.pace(args.threads, sd.unet, net),
     )
 
 

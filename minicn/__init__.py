@@ -3,6 +3,9 @@
 Public names: the models, the pipeline that joins them, and the modules `conditions`, `ddim`, `measures` and `toy`.
 """
 
+from minicn import threads  # before torch is loaded: it bounds how long OpenMP's threads spin
+
+# isort: split
 from minicn import conditions, ddim, measures, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.controlnet import ControlledBlock, ControlNet, ControlNetConfig, hint_encoder, zero_conv, zero_linear

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from minicn import threads
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, which --help shows."""
@@ -80,6 +82,19 @@ def device(name: str) -> torch.device:
     if chosen.type == "meta":
         raise ValueError("device 'meta' computes nothing: use auto, cpu, cuda or mps")
     return chosen
+
+
+def add_threads(add: Callable) -> None:
+    """Add the option --threads."""
+    add("--threads", type=whole(1, 1024), help="threads to compute with (default: all; narrow models: as many as pay)")
+
+
+def pace(wanted: int | None, *models: torch.nn.Module) -> threads.Pace:
+    """Return the pace for a loop of steps of these models; a number of threads that is settled holds at once."""
+    found = threads.candidates(wanted, sum(p.numel() for model in models for p in model.parameters()))
+    if len(found) == 1:
+        torch.set_num_threads(found[0])
+    return threads.Pace(found)
 
 
 def keep_freed_memory() -> None:

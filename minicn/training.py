@@ -225,24 +225,27 @@ def train(
     score_after: Sequence[int] = (),
     checkpoint_every: int = 1000,
     resume: bool = False,
+    pace: contextlib.AbstractContextManager | None = None,
 ) -> None:
     """Train a ControlNet by a recipe; leave log, sheets, checkpoints and weights (both layouts) in the run's folder.
 
     score_every       steps between pictures drawn and scored
     score_after       steps after which they are, too
     checkpoint_every  steps between checkpoints
+    pace              entered for each step, e.g. threads.Pace
     Under torchrun every process takes its share of each batch (DDP; with unlock "all", of the model, too: FSDP2); the first
     one draws, logs and saves.
     Ctrl-C or SIGTERM lets the step end, saves checkpoint and weights, then raises KeyboardInterrupt. Raises ValueError,
     naming step and samples, if the loss is no number any more.
     """
     try:
-        _train(sd, net, examples, validation, run, recipe, score_every, score_after, checkpoint_every, resume)
+        pace = pace or contextlib.nullcontext()
+        _train(sd, net, examples, validation, run, recipe, score_every, score_after, checkpoint_every, resume, pace)
     finally:
         run.release()
 
 
-def _train(sd, net, examples, validation, run, recipe, score_every, score_after, checkpoint_every, resume) -> None:
+def _train(sd, net, examples, validation, run, recipe, score_every, score_after, checkpoint_every, resume, pace) -> None:
     device, (rank, world) = sd.device, process()
     if recipe.batch_size % (world * recipe.accumulate):
         raise ValueError(

@@ -3,6 +3,9 @@
 import copy
 from dataclasses import dataclass, replace
 
+import minicn.threads  # noqa: F401  (before torch, see there)
+
+# isort: split
 import pytest
 import torch
 from torch import Tensor, nn
