@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import minicn
-from minicn import cli, conditioning, conditions, converting, data, recording, training
+from minicn import cli, conditioning, conditions, converting, data, recording, threads, training
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -80,6 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--variant", help="of a folder's weights, as fp16")
     add("--ema", action="store_true", help="of a file that holds both, take the moving average of the U-Net's weights")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    cli.add_threads(add)
     add("--output", type=Path, required=True, help="picture to write; its ending chooses the format; PNG keeps the settings")
 
     command = commands.add_parser(
@@ -169,6 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=count, default=1000, help="steps between checkpoints")
     add("--keep", type=cli.whole(0), default=0, help="older checkpoints that stay")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    cli.add_threads(add)
     add("--dry-run", action="store_true", help="only print what memory the run would need, predicted and measured")
     add("--tokenizer", help="folder with vocab.json and merges.txt, for a single file (default: CLIP's from the cache)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -215,6 +217,7 @@ def generate(args: argparse.Namespace) -> None:
         ema=args.ema,
     )
     nets = [ControlNet.load(net, unet=sd.unet, dtype=dtype, device=device) for net in nets]
+    settle_threads(args, sd, nets)
     names = "negative_prompt num_steps guidance_scale control_start control_end denoise eta seed num_images height width"
     settings = {name: getattr(args, name) for name in names.split()}
     prompt = {"user": args.prompt, "none": "", "default": DEFAULT_PROMPT}.get(args.prompt_setting)
@@ -248,6 +251,16 @@ def generate(args: argparse.Namespace) -> None:
         information.add_text("minicn", json.dumps(record | drawn, default=str))
         image.save(path, **({"pnginfo": information} if path.suffix.lower() == ".png" else {}))
         print(f"{path}: {image.width}x{image.height} pixels, seed {args.seed}")
+
+
+def settle_threads(args: argparse.Namespace, sd: StableDiffusion, nets: list[ControlNet]) -> None:
+    """Choose the number of threads for a picture: a narrow model tries a step or two under each."""
+    found = threads.candidates(args.threads, sum(p.numel() for model in (sd.unet, *nets) for p in model.parameters()))
+    side = sd.image_size // 8
+    x = torch.zeros(2, sd.unet.cfg.in_channels, side, side, device=sd.device, dtype=sd.dtype)
+    inputs = (x, torch.zeros(2, dtype=torch.long, device=sd.device), sd.encode_prompts(["", ""]))
+    with torch.no_grad():
+        threads.fastest(lambda: sd.unet(*inputs), found)
 
 
 def check_needs(args: argparse.Namespace) -> None:
@@ -362,6 +375,7 @@ def train(args: argparse.Namespace) -> None:
         score_every=args.score_every,
         checkpoint_every=args.checkpoint_every,
         resume=args.resume,
+        pace=cli.pace(args.threads, sd.unet, net),
     )
 
 

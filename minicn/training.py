@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -263,6 +264,13 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     if resume:
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        threads = torch.get_num_threads()
+        if state.get("threads", threads) != threads:
+            warnings.warn(
+                f"the run so far computed with {state['threads']} threads, and goes on with {threads}: it may end differently "
+                f"by rounding; --threads {state['threads']} goes on as before",
+                stacklevel=3,
+            )
     joint = Joint(sd.unet, net)
     model, sharded = joint, world > 1 and recipe.unlock == "all"
     if sharded:
@@ -323,17 +331,18 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     with StopRequest() as stop:
         for step in bar:
             error, samples = torch.zeros((), device=device), []
-            for i in range(recipe.accumulate):
-                begin = (rank * recipe.accumulate + i) * share
-                part = slice(begin, begin + share)
-                batch = examples.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, device, part)
-                samples += batch.samples.tolist()
-                if world > 1:  # the processes' gradients meet at the last part
-                    synchronise(i == recipe.accumulate - 1)
-                with autocast(device, recipe):
-                    loss = model(batch, abar).sum() / recipe.batch_size
-                scaler.scale(loss * world).backward()  # both engines take the mean over the processes
-                error += loss.detach()
+            with pace:
+                for i in range(recipe.accumulate):
+                    begin = (rank * recipe.accumulate + i) * share
+                    part = slice(begin, begin + share)
+                    batch = examples.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, device, part)
+                    samples += batch.samples.tolist()
+                    if world > 1:  # the processes' gradients meet at the last part
+                        synchronise(i == recipe.accumulate - 1)
+                    with autocast(device, recipe):
+                        loss = model(batch, abar).sum() / recipe.batch_size
+                    scaler.scale(loss * world).backward()  # both engines take the mean over the processes
+                    error += loss.detach()
             value, stopping = error.item(), stop.asked
             if world > 1:
                 both = torch.tensor([value, float(stopping)], dtype=torch.float64, device=device)
@@ -362,7 +371,8 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
             if saving:
                 moments = sharding.optimizer_state(model, optimizer) if sharded else optimizer.state_dict()
                 if rank == 0:
-                    run.save(step, {name: part.state_dict() for name, part in parts.items()} | {"optimizer": moments})
+                    state = {name: part.state_dict() for name, part in parts.items()}
+                    run.save(step, state | {"optimizer": moments, "threads": torch.get_num_threads()})
             if stopping:
                 break
     bar.close()
