@@ -1,18 +1,21 @@
 """Shared by all tests: fixed seeds, a tiny trained-like U-Net, its ControlNet and a batch of inputs."""
 
 import copy
+import os
 from dataclasses import dataclass, replace
 
 import minicn.threads  # noqa: F401  (before torch, see there)
 
 # isort: split
+import closeness
 import pytest
 import torch
 from torch import Tensor, nn
 
 from minicn import ControlNet, UNet, UNetConfig
 
-torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+# The tensors are tiny: more threads only wait for each other. OMP_NUM_THREADS decides otherwise.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 TINY = UNetConfig(model_channels=8, num_heads=2, context_dim=12, norm_num_groups=2)
 HINT_CHANNELS = (4, 4, 8, 8)
@@ -39,6 +42,32 @@ def _dezero(module: nn.Module, std: float = 0.05, seed: int = 1) -> nn.Module:
             if not p.any():
                 p.copy_(std * torch.randn(p.shape, generator=generator))
     return module
+
+
+SHARE = "largest share of a tolerance"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Keep, with the test's report, the largest share that it used of a tolerance."""
+    closeness.USED.clear()
+    try:
+        return (yield)
+    finally:
+        if closeness.USED:
+            item.user_properties.append((SHARE, (max(closeness.USED), len(closeness.USED))))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how much of the tolerances was used, at most and where."""
+    reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", "") == "call"]
+    used = [(*value, r.nodeid) for r in reports for name, value in r.user_properties if name == SHARE]
+    if used:
+        share, _, where = max(used)
+        count = sum(each[1] for each in used)
+        terminalreporter.write_line(
+            f"{count} comparisons up to rounding; at most {share:.2f} of a tolerance was used ({where})"
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -105,13 +134,3 @@ def batch() -> Batch:
         timesteps=torch.tensor([1, 951]),
         context=torch.randn(2, 7, 12, generator=g),
     )
-
-
-def outputs_of(modules, run):
-    """Run, and return what each module gave, with its graph."""
-    seen = []
-    handles = [m.register_forward_hook(lambda _m, _i, out: seen.append(out)) for m in modules]
-    run()
-    for handle in handles:
-        handle.remove()
-    return seen

@@ -12,7 +12,7 @@ from PIL import Image
 import minicn
 from minicn import StableDiffusion, __main__, conditions, palettes, toy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 

@@ -34,7 +34,7 @@ from minicn import (
 )
 from minicn.pipeline import load_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

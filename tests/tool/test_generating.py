@@ -1,5 +1,6 @@
 """Generating like the field's tools: several ControlNets, guess mode, images and masks, prompts, and the shortcuts."""
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_as_exact
 from PIL import Image
 
 from minicn import ControlNet, StableDiffusion, __main__, captioning, ddim, toy
@@ -40,6 +42,11 @@ def pixels(images):
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
+def exact(model):
+    """A model with the same weights in float64."""
+    return copy.deepcopy(model).double()
+
+
 def draw(sd, prompt=SCENE.caption, **settings):
     return pixels(sd.generate(prompt, **{"num_steps": STEPS, "guidance_scale": 3.0} | settings))
 
@@ -59,8 +66,9 @@ def test_text_keys_stand_in_for_the_context(sd, net):
     assert len(keys) == 16 + 7  # the cross-attentions of the U-Net and of its encoder's copy
 
 
+@pytest.mark.numbers
 def test_both_halves_of_guidance_share_what_comes_before_the_text(sd, net):
-    """Latents once with two texts give what latents twice give; relative error at most 2e-6, as batches round otherwise."""
+    """Latents once with two texts give what latents twice give, up to rounding: batches of other sizes round otherwise."""
     x, context = torch.randn(2, 4, 16, 16), sd.encode_prompts(["", "", "a red ball", "a blue star"])
     hint, t = torch.rand(2, 3, 128, 128), torch.tensor([981, 21])
     seen = []
@@ -69,41 +77,51 @@ def test_both_halves_of_guidance_share_what_comes_before_the_text(sd, net):
         once = sd.unet(x, t, context, net(x, hint, t, context))
         twice = [torch.cat([a, a]) for a in (x, hint, t)]
         plain = sd.unet(twice[0], twice[2], context, net(*twice, context))
-    handle.remove()
+        handle.remove()
+        unet, net = exact(sd.unet), exact(net)
+        twice = [torch.cat([a, a]) for a in (x.double(), hint.double(), t)]
+        true = unet(twice[0], twice[2], context.double(), net(*twice, context.double()))
     assert seen == [2, 4]
-    assert (once - plain).norm() <= 2e-6 * plain.norm()
+    assert_as_exact(once, plain, true)
 
 
-@pytest.mark.parametrize("learns", [True, False])
-@pytest.mark.parametrize("size", [(3, 5), (16, 16), (17, 16)])
+@pytest.mark.numbers
+@pytest.mark.parametrize(("size", "learns"), [((3, 5), True), ((3, 5), False), ((16, 16), True), ((17, 16), True)])
 def test_a_wide_convolution_of_a_small_map_is_a_matrix_product(monkeypatch, size, learns):
     """Forwards and backwards the numbers of a convolution, up to rounding; only where it is quicker: CPUs, float32."""
-    conv, x = Conv3x3(768, 768).requires_grad_(learns), torch.randn(2, 768, *size, requires_grad=True)
-    want, push = F.conv2d(x, conv.weight, conv.bias, padding=1), torch.randn(2, 768, *size)
+    conv, x = Conv3x3(768, 768).requires_grad_(learns), torch.randn(1, 768, *size, requires_grad=True)
+    push = torch.randn(1, 768, *size)
     inputs = [x, conv.weight, conv.bias] if learns else [x]
-    wanted = torch.autograd.grad(want, inputs, push)
+
+    def plain(x, weight, bias):
+        want = F.conv2d(x, weight, bias, padding=1)
+        return [want, *torch.autograd.grad(want, [x, weight, bias][: len(inputs)], push.to(x.dtype))]
+
+    theirs = plain(x, conv.weight, conv.bias)
+    true = plain(*(a.detach().double().requires_grad_(a.requires_grad) for a in (x, conv.weight, conv.bias)))
     products, linear = [], F.linear
     monkeypatch.setattr("minicn.unet.F.linear", lambda *arguments: products.append(1) or linear(*arguments))
     got = conv(x)
     assert len(products) == (size[0] * size[1] <= 256)
-    for a, b in zip([got, *torch.autograd.grad(got, inputs, push)], [want, *wanted], strict=True):
-        assert (a - b).norm() <= 4e-6 * b.norm()
+    assert_as_exact([got, *torch.autograd.grad(got, inputs, push)], theirs, true)
     with torch.autocast("cpu", torch.bfloat16):
         assert conv(x).dtype == torch.bfloat16
     conv.double()(x.double()), Conv3x3(4, 4)(x[:, :4])
     assert len(products) == (size[0] * size[1] <= 256)
 
 
+@pytest.mark.numbers
 def test_timesteps_embedded_together_are_the_timesteps_embedded_alone(sd):
-    """One matrix product for all steps; relative error at most 1e-6."""
+    """One matrix product for all steps, up to rounding."""
     steps = torch.tensor(ddim.timesteps(20))
     with torch.no_grad():
         together = embed_timesteps(sd.unet.time_embed, steps, torch.float32)
         alone = torch.cat([embed_timesteps(sd.unet.time_embed, t[None], torch.float32) for t in steps])
         x, context = torch.randn(1, 4, 16, 16), sd.encode_prompts([""])
-        a, b = sd.unet(x, steps[:1], context), sd.unet(x, steps[:1], context, emb=together[:1])
-    assert (together - alone).norm() <= 1e-6 * alone.norm()
-    assert (a - b).norm() <= 1e-6 * b.norm()
+        a, b = sd.unet(x, steps[:1], context, emb=together[:1]), sd.unet(x, steps[:1], context)
+        unet = exact(sd.unet)
+        assert_as_exact(together, alone, embed_timesteps(unet.time_embed, steps, torch.float64))
+        assert_as_exact(a, b, unet(x.double(), steps[:1], context.double()))
 
 
 def test_generate_runs_each_network_no_more_often_than_it_must(sd, net, hint, monkeypatch):
@@ -175,6 +193,7 @@ def test_settings_of_another_type_are_named(sd, settings, words):
         sd.generate("a red ball", **settings)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("mode", "ratio"), [(True, 0.825), ("diffusers", 10 ** (-1 / 12))])
 def test_guess_mode_controls_the_conditional_half_with_falling_scales(sd, net, hint, mode, ratio):
     """Residual i is scaled by ratio^(12 - i) and added on the conditional half alone, as if done by hand."""
@@ -183,14 +202,14 @@ def test_guess_mode_controls_the_conditional_half_with_falling_scales(sd, net, h
     draw(sd, hint=hint, controlnet=net, guess_mode=mode, conditioning_scale=0.5)
     handle.remove()
     x, t, _, control, _ = seen[0]
-    context = sd.encode_prompts([SCENE.caption])
+    inputs = [x, torch.from_numpy(hint).permute(2, 0, 1)[None] / 255, t, sd.encode_prompts([SCENE.caption])]
     with torch.no_grad():
-        plain = net(x, torch.from_numpy(hint).permute(2, 0, 1)[None] / 255, t, context)
+        plain = net(*inputs)
+        true = exact(net)(*(a.double() if a.is_floating_point() else a for a in inputs))
     assert len(control) == 13
-    for i, (mine, one) in enumerate(zip(control, plain, strict=True)):
-        assert not mine[0].any()
-        want = 0.5 * ratio ** (12 - i) * one[0]
-        assert (mine[1] - want).norm() <= 1e-5 * want.norm()
+    assert not any(c[0].any() for c in control)
+    plain, true = ([0.5 * ratio ** (12 - i) * one[0] for i, one in enumerate(each)] for each in (plain, true))
+    assert_as_exact([c[1] for c in control], plain, true)
 
 
 def test_nets_of_one_half_and_of_both_add_for_several_pictures(sd, net, hint):

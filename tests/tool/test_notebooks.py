@@ -14,7 +14,7 @@ import pytest
 
 import minicn
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
 NAMES = (
     *("01_noise_and_denoising", "02_latents", "03_words", "04_unet", "05_zero_convolution", "06_controlnet", "07_training"),

@@ -9,7 +9,7 @@ import pytest
 
 from minicn import ControlNet, StableDiffusion, conditions, hub, measures, recording, toy
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 TABLE = README.split("## Hints")[1].split("\n## ")[0]
 
 
