@@ -592,7 +592,11 @@ def vae_config(cfg, sample_size: int) -> dict:
 
 
 def text_config(cfg, tokenizer) -> dict:
-    """Return transformers' configuration of a CLIP text transformer."""
+    """Return transformers' configuration of a CLIP text transformer.
+
+    Compat: transformers 5 computes in the precision of the file unless told, diffusers in float32; a file in half
+    precision must not make one part of a pipeline differ from the others. The key is the published folders'.
+    """
     config = {theirs: getattr(cfg, ours) for ours, theirs in TEXT_FIELDS.items()}
     return {
         "architectures": ["CLIPTextModel"],
@@ -604,6 +608,7 @@ def text_config(cfg, tokenizer) -> dict:
         "bos_token_id": tokenizer.start,
         "eos_token_id": tokenizer.end,
         "pad_token_id": tokenizer.end,
+        "torch_dtype": "float32",
     }
 
 
