@@ -63,7 +63,7 @@ def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, dev
     """Return a part of a batch of noise: what one process takes at once."""
     n, side, width = recipe.batch_size // (world * recipe.accumulate), size // 8, net.cfg.unet.context_dim
     latents = torch.randn(n, net.cfg.unet.in_channels, side, side, device=device)
-    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=weights.layout(device))
     t = torch.zeros(n, dtype=torch.long, device=device)
     return training.Batch(t, latents, torch.randn_like(latents), hints, t, torch.randn(n, 77, width, device=device))
 
@@ -93,7 +93,7 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
             model.gradient_checkpointing = recipe.gradient_checkpointing
             weights.prepare(model)
         groups = training.lock(unet, net, recipe)
-        optimizer = torch.optim.AdamW(groups, fused=True)
+        optimizer = torch.optim.AdamW(groups, fused=training.fused(device, recipe))
         batch, abar = example(net, recipe, size, world, device), torch.rand(ddim.NUM_TRAIN_TIMESTEPS)
         parameters = [p for model in (unet, net) for p in model.parameters()]
         learned = size_of(p for group in groups for p in group["params"])
@@ -114,7 +114,7 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
 def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
     """Return what a step on noise took, the third of three. The models learn; the run must end here."""
     whole = size_of(p for model in (unet, net) for p in model.parameters())
-    optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=True)
+    optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=training.fused(device, recipe))
     batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
     for model in (unet, net):
         model.gradient_checkpointing = recipe.gradient_checkpointing

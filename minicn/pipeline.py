@@ -325,7 +325,7 @@ class StableDiffusion:
             x = ddim.add_noise(x_0, noise, abar[steps[begin]]) if denoise < 1 else noise
 
         for i in tqdm(range(begin, num_steps), desc="denoising", unit="step", disable=not progress):
-            batch = x.to(self.dtype, memory_format=torch.channels_last)  # once for both halves, see unet.repeat
+            batch = x.to(self.dtype, memory_format=weights.layout(x.device))  # once for both halves, see unet.repeat
             t = t_all[i].expand(n)
             running = i / num_steps >= control_start and (i + 1) / num_steps <= control_end
             control = total([c.residuals(batch, t, i) for c in controls]) if controls and running else None

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import ddim, toy
+from minicn import ddim, toy, weights
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.recording import StopRequest, check_resume, encode, save_whole
 from minicn.tokenizer import Tokenizer, byte_letters
-from minicn.training import learning_rate_factor, process
+from minicn.training import learning_rate_factor, process, send
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
@@ -99,7 +99,7 @@ class Checkpoint:
                     raise KeyboardInterrupt
 
     def _load(self, steps: int, parts: dict) -> int:
-        state = torch.load(self.file, weights_only=True)
+        state = torch.load(self.file, map_location="cpu", weights_only=True)
         flat = state["done"] <= (1 - DECAY) * min(steps, state["steps"])  # no learning rate has fallen yet
         if state["stage"] != self.stage or (state["steps"] != steps and not (flat and self.stage == "U-Net")):
             raise ValueError(
@@ -124,7 +124,7 @@ def train_vae(
     """
     vae = VAE(TOY_VAE)
     init_vae(vae)
-    vae.to(device, memory_format=torch.channels_last)
+    vae.to(device, memory_format=weights.layout(device))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     # A higher rate gets stuck where outlines are right and colours wrong.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
@@ -134,8 +134,8 @@ def train_vae(
         chosen = torch.randint(len(images), (count,))
         corners = torch.randint(toy.SIZE - side + 1, (count, 2)).tolist()
         crops = [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]
-        batch = torch.stack(crops).to(device).float() / 127.5 - 1
-        loss, l1 = vae_loss(vae, batch.contiguous(memory_format=torch.channels_last), edge_weight=step / steps)
+        batch = send(torch.stack(crops), device).float() / 127.5 - 1
+        loss, l1 = vae_loss(vae, batch.contiguous(memory_format=weights.layout(device)), edge_weight=step / steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -300,7 +300,7 @@ def train_unet(
             shapes = {name: tensor.shape for name, tensor in part.state_dict().items()}
             fits = {name: tensor for name, tensor in old.state_dict().items() if tensor.shape == shapes.get(name)}
             part.load_state_dict(fits, strict=False)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=weights.layout(device))
     average = copy.deepcopy(model).requires_grad_(False)
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if process()[1] > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
@@ -311,8 +311,8 @@ def train_unet(
         chosen = torch.multinomial(chances, batch_size, replacement=True)
         dropped = torch.rand(batch_size, 1) < DROP_PROMPT
         said = tokens[chosen, torch.randint(VARIANTS, (batch_size,))].long()
-        words = torch.where(dropped, empty, said).to(device)
-        x_0 = latents[chosen].to(device).contiguous(memory_format=torch.channels_last)
+        words = send(torch.where(dropped, empty, said), device)
+        x_0 = send(latents[chosen], device).contiguous(memory_format=weights.layout(device))
         t, eps = torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (batch_size,), device=device), torch.randn_like(x_0)
         error = parallel(ddim.add_noise(x_0, eps, abar[t]), t, words) - eps
         loss = (error.square().mean((1, 2, 3)) * snr_weight(abar[t])).mean()
@@ -394,6 +394,6 @@ def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torc
         checkpoint.remove()
     if process()[1] > 1:
         dist.barrier()
-    vae = VAE(TOY_VAE).to(device, memory_format=torch.channels_last).eval()
-    vae.load_state_dict(torch.load(finished, weights_only=True))
+    vae = VAE(TOY_VAE).to(device, memory_format=weights.layout(device)).eval()
+    vae.load_state_dict(torch.load(finished, map_location="cpu", weights_only=True))
     return vae

@@ -198,7 +198,7 @@ class Run:
         """Write the checkpoint; keep as many older ones as asked for. `state` is what `resume` is to give back."""
         before = self.checkpoint.is_file() and self.keep
         if before:
-            done = torch.load(self.checkpoint, weights_only=True, mmap=True)["step"]
+            done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
             with contextlib.suppress(FileExistsError):
                 os.link(self.checkpoint, self.folder / f"checkpoint-{done:08d}.pt")
         state = {**state, "step": step, "settings": self.settings, "rows": self.rows, "losses": self.losses}
@@ -213,7 +213,7 @@ class Run:
         """
         for path in (self.checkpoint, *sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)):
             try:
-                state = torch.load(path, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)  # a card's, on a machine without, too
                 break
             except Exception:  # whatever a damaged file makes PyTorch's reader raise
                 continue

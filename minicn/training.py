@@ -11,6 +11,7 @@ import math
 import os
 import statistics
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,6 +28,7 @@ from minicn.pipeline import StableDiffusion
 from minicn.recording import Run, StopRequest, Validation, encode, stack, zero_norms
 from minicn.unet import UNet
 
+READ_EVERY = defaultdict(lambda: 20, cpu=1)  # steps between readings of the loss, by the kind of device
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -121,15 +123,23 @@ class Examples:
         timesteps = torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (size,), generator=random)
         noise = torch.randn((size, *self.latents.shape[1:]), generator=random)
         samples, prompts = samples[part], torch.where(dropped, 0, self.prompt[samples])[part]
-        hints = self.hints_of(samples).to(device).float().div(255)
+        hints = send(self.hints_of(samples), device).float().div(255)
         return Batch(
             samples,
-            self.latents[samples].to(device),
-            noise[part].to(device),
-            hints.contiguous(memory_format=torch.channels_last),
-            timesteps[part].to(device),
-            self.contexts[prompts].to(device),
+            send(self.latents[samples], device),
+            send(noise[part], device),
+            hints.contiguous(memory_format=weights.layout(device)),
+            send(timesteps[part], device),
+            send(self.contexts[prompts], device),
         )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to a device, by a way on which CUDA does not wait for the steps before.
+
+    Numerics: on MPS such a copy may read memory that is free again, and give other numbers (pytorch issue 189690).
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def encode_prompts(sd: StableDiffusion, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -147,7 +157,7 @@ def controlnet_loss(unet: UNet, net: ControlNet, batch: Batch, alphas_cumprod: T
     decoder passes gradients on to `net` and keeps none.
     """
     x_t = ddim.add_noise(batch.latents, batch.noise, alphas_cumprod[batch.timesteps])
-    x_t = x_t.contiguous(memory_format=torch.channels_last)
+    x_t = x_t.contiguous(memory_format=weights.layout(x_t.device))
     control = net(x_t, batch.hints, batch.timesteps, batch.context)
     eps = unet(x_t, batch.timesteps, batch.context, control)
     return (eps.float() - batch.noise).square().mean((1, 2, 3))
@@ -194,12 +204,20 @@ def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
     return torch.autocast(device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "float32")
 
 
+def fused(device: torch.device, recipe: Recipe) -> bool:
+    """Tell whether AdamW may take its step in one kernel there.
+
+    Numerics: MPS's ignored the scale of float16's gradients, and infinite ones, until June 2026 (pytorch pull 186360).
+    """
+    return device.type in ("cpu", "cuda", "mps") and not (device.type == "mps" and recipe.precision == "float16")
+
+
 def process() -> tuple[int, int]:
     """Return this process's number and how many there are: (0, 1) unless torchrun started several."""
     if "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # what "cuda" means from now on
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=3))
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -253,8 +271,10 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
             f"a batch of {recipe.batch_size} cannot be shared by {world} processes in {recipe.accumulate} parts each: "
             "make it a multiple"
         )
+    if world > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{world} processes cannot share a training on {device.type}: use --device cpu, or one process")
     sd.prepare()
-    net.train().to(memory_format=torch.channels_last)
+    net.train().to(memory_format=weights.layout(device))
     groups = lock(sd.unet, net, recipe)
     net.gradient_checkpointing = sd.unet.gradient_checkpointing = recipe.gradient_checkpointing
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
@@ -281,7 +301,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     elif world > 1:
         model = nn.parallel.DistributedDataParallel(joint)
         synchronise = functools.partial(setattr, model, "require_backward_grad_sync")
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=fused(device, recipe))
     if resume and sharded:
         sharding.load_optimizer(model, optimizer, state["optimizer"])
     elif resume:
@@ -327,7 +347,26 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     )
     shown = {"loss": "-", "score": "-"}
     earlier = run.rows[-1]["seconds"] if run.rows else 0.0
-    stopping = False
+    stopping, unread = False, []
+
+    def read() -> bool:
+        """Read the losses of the steps since the last time; tell whether to stop. All processes call it."""
+        values, asked = torch.stack([error for _, _, error in unread]), stop.asked
+        if world > 1:
+            both = torch.cat([values.double(), values.new_tensor([asked], dtype=torch.float64)])
+            dist.all_reduce(both)
+            values, asked = both[:-1], both[-1].item() > 0
+        for (at, samples, _), value in zip(unread, values.tolist(), strict=True):
+            if not math.isfinite(value):
+                kept = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
+                raise ValueError(
+                    f"the loss is {value} at step {at} (samples {', '.join(map(str, samples))}): lower --lr or compute in "
+                    f"float32; {kept}"
+                )
+            run.losses.append(value)
+        unread.clear()
+        return asked
+
     with StopRequest() as stop:
         for step in bar:
             error, samples = torch.zeros((), device=device), []
@@ -343,27 +382,20 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
                         loss = model(batch, abar).sum() / recipe.batch_size
                     scaler.scale(loss * world).backward()  # both engines take the mean over the processes
                     error += loss.detach()
-            value, stopping = error.item(), stop.asked
-            if world > 1:
-                both = torch.tensor([value, float(stopping)], dtype=torch.float64, device=device)
-                dist.all_reduce(both)
-                value, stopping = both[0].item(), both[1].item() > 0
-            if not math.isfinite(value):
-                kept = f"the last good checkpoint is {run.checkpoint}" if run.checkpoint.is_file() else "no checkpoint yet"
-                raise ValueError(
-                    f"the loss is {value} at step {step} (samples {', '.join(map(str, samples))}): lower --lr or compute in "
-                    f"float32; {kept}"
-                )
+            unread.append((step, samples, error))
+            looking = step % score_every == 0 or step in score_after or step == recipe.steps
+            saving = step % checkpoint_every == 0 or step == recipe.steps
+            # A graphics card would wait for each number that is read: its queue of work would run empty.
+            if step % READ_EVERY[device.type] == 0 or looking or saving or (stop.asked and world == 1):
+                stopping = read()
+                saving = saving or stopping
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(step, recipe.steps, recipe.lr_decay)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            run.losses.append(value)
             if step % 20 == 0:
                 bar.set_postfix(shown | {"loss": f"{statistics.fmean(run.losses):.4f}"}, refresh=False)
-            looking = step % score_every == 0 or step in score_after or step == recipe.steps
-            saving = step % checkpoint_every == 0 or step == recipe.steps or stopping
             if sharded and (looking or saving):
                 sharding.gather(model, joint)
             if rank == 0 and looking:

@@ -415,12 +415,21 @@ def check_finite(model: torch.nn.Module) -> None:
     model.unchecked = None
 
 
+def layout(device: torch.device) -> torch.memory_format:
+    """Return the memory layout in which convolutions are fast on a device.
+
+    Numerics: on MPS, channels-last gave wrong gradients up to PyTorch 2.5 (pytorch issue 142344), and takes 30 times as
+    long going backwards in those of 2026 (issue 193349).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def prepare(model: torch.nn.Module) -> None:
     """Check a model's numbers, if that is still to be done, and put its convolutions into the faster memory layout."""
     check_finite(model)
     for parameter in model.parameters():
         if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            parameter.data = parameter.data.contiguous(memory_format=layout(parameter.device))
 
 
 def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tuple[str, float]]:
@@ -592,7 +601,11 @@ def vae_config(cfg, sample_size: int) -> dict:
 
 
 def text_config(cfg, tokenizer) -> dict:
-    """Return transformers' configuration of a CLIP text transformer."""
+    """Return transformers' configuration of a CLIP text transformer.
+
+    Compat: transformers 5 computes in the precision of the file unless told, diffusers in float32; a file in half
+    precision must not make one part of a pipeline differ from the others. The key is the published folders'.
+    """
     config = {theirs: getattr(cfg, ours) for ours, theirs in TEXT_FIELDS.items()}
     return {
         "architectures": ["CLIPTextModel"],
@@ -604,6 +617,7 @@ def text_config(cfg, tokenizer) -> dict:
         "bos_token_id": tokenizer.start,
         "eos_token_id": tokenizer.end,
         "pad_token_id": tokenizer.end,
+        "torch_dtype": "float32",
     }
 
 

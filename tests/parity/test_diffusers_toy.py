@@ -57,6 +57,31 @@ def test_diffusers_opens_the_toy_controlnet_and_draws_the_same_picture(sd, pipe)
         assert greatest_difference(expected, ours) <= 2
 
 
+def test_the_plain_calls_draw_the_same_pictures(sd, tmp_path):
+    """As the cards say: from_pretrained without further arguments, though the files are in half precision.
+
+    Shipped, and written anew by `save`: base and ControlNet, a picture each, within 2 grey levels.
+    """
+    net, scene = ControlNet.load("toy-canny", unet=sd.unet), toy.scene(5, "test")
+    sd.save(tmp_path / "base", dtype=torch.float16)
+    net.save(tmp_path / "canny", layout="diffusers", dtype=torch.float16)
+    hint = Image.fromarray(scene.hint("canny"))
+    [ours] = sd.generate(scene.caption, seed=9)
+    [controlled] = sd.generate(scene.caption, hint=hint, controlnet=net, seed=9)
+    for base, canny in ((hub.TOY_BASE, hub.TOY_CONTROLNETS / "canny"), (tmp_path / "base", tmp_path / "canny")):
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(base)
+        generator = torch.Generator("cpu").manual_seed(9)
+        theirs = pipe(scene.caption, generator=generator, num_inference_steps=20, guidance_scale=9.0).images[0]
+        assert theirs.size == ours.size
+        assert greatest_difference(theirs, ours) <= 2
+        pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(
+            base, controlnet=diffusers.ControlNetModel.from_pretrained(canny)
+        )
+        generator = torch.Generator("cpu").manual_seed(9)
+        theirs = pipe(scene.caption, hint, generator=generator, num_inference_steps=20, guidance_scale=9.0).images[0]
+        assert greatest_difference(theirs, controlled) <= 2
+
+
 def test_the_tokenizer_gives_the_ids_of_transformers(sd, pipe):
     """Every caption form, an empty and an overlong prompt."""
     prompts = [*toy.captions(), "", "A  RED ball!", "a red ball " * 40]
