@@ -33,7 +33,7 @@ class Annotator(nn.Module):
 
         Raises FileNotFoundError, or ValueError in one line for a file that is not this network's.
         """
-        with torch.device("meta"):  # no memory and no random numbers for weights that come from the file
+        with weights.Unfilled():
             network = cls()
         state, expected = files.read(path), network.state_dict()
         for key in expected:

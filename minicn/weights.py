@@ -333,11 +333,15 @@ def hint_channels_of(found: Contents) -> tuple[int, ...]:
 
 # Into and out of modules
 
+# Methods by which numbers are written into a tensor. (Others that end in _ change what is known of it, as requires_grad_.)
+WRITES = {getattr(Tensor, f"{name}_") for name in "normal uniform zero fill copy add mul div sub clamp erfinv".split()}
+
 
 class Unfilled(TorchFunctionMode):
-    """Inside `with`, modules are built on "meta", and the filling of their weights, which a file replaces, is left out.
+    """Inside `with`, modules are built on "meta", and nothing is written into their weights, which a file replaces.
 
-    (Filling on "meta" writes nothing, but makes PyTorch import its Python kernels, a second.)
+    (Filling on "meta" writes nothing, but random numbers there make PyTorch import its compiler, a second or two.) Functions
+    of nn.init and in-place methods of tensors return what they were given. It holds for this thread alone.
     """
 
     def __enter__(self) -> "Unfilled":
@@ -350,7 +354,7 @@ class Unfilled(TorchFunctionMode):
         self.meta.__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == "torch.nn.init":
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in WRITES:
             return (kwargs or {}).get("tensor", args[0] if args else None)
         return func(*args, **(kwargs or {}))
 
