@@ -31,6 +31,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def dezero(module, std=0.05, seed=1):
+    """Give every parameter that is all zero normal values of this standard deviation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            if not p.any():
+                p.copy_(std * torch.randn(p.shape, generator=generator))
+    return module
+
+
 def randomise(net, seed=5):
     """Move every parameter away from where it starts, so that nothing is zero."""
     g = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
 """How close is close? Whatever is compared up to rounding is compared here, with a tolerance that has a reason.
 
-Same kernel, same shapes: use torch.equal. Mathematics: float64 on both sides (`assert_close`). float32 by two ways that round
-differently: the new way may be no further from the float64 result than a few times the plain way is (`assert_as_exact`),
-so the tolerance grows and shrinks with the processor's own rounding.
+Same kernel, same shapes: use torch.equal. Mathematics: float64 on both sides (`assert_close`). float32 by two ways that
+round differently: the new way may be no further from the float64 result than a few times the plain way is
+(`assert_as_exact`), so the tolerance grows and shrinks with the processor's own rounding.
 
 The share of its tolerance that a comparison used is kept; pytest's summary prints the largest.
 """

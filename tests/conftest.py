@@ -1,16 +1,18 @@
 """Shared by all tests: fixed seeds, a tiny trained-like U-Net, its ControlNet and a batch of inputs."""
 
 import copy
+import gc
 import os
 from dataclasses import dataclass, replace
 
 import minicn.threads  # noqa: F401  (before torch, see there)
 
 # isort: split
+import by_hand
 import closeness
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minicn import ControlNet, UNet, UNetConfig
 
@@ -34,14 +36,10 @@ class Batch:
         return replace(self, x=self.x.to(dtype), hint=self.hint.to(dtype), context=self.context.to(dtype))
 
 
-def _dezero(module: nn.Module, std: float = 0.05, seed: int = 1) -> nn.Module:
-    """Give every parameter that is all zero normal values of this standard deviation."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            if not p.any():
-                p.copy_(std * torch.randn(p.shape, generator=generator))
-    return module
+def pytest_collection_finish():
+    """Let the garbage collector leave what the imports made alone: else it goes through all of that, test after test."""
+    gc.collect()
+    gc.freeze()
 
 
 SHARE = "largest share of a tolerance"
@@ -93,7 +91,7 @@ def refused(capsys):
 @pytest.fixture(scope="session")
 def dezero():
     """A function that fills zero parameters: Stable Diffusion's own zero layers are not zero once it is trained."""
-    return _dezero
+    return by_hand.dezero
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +108,7 @@ def hint_channels() -> tuple[int, ...]:
 def _unet_once() -> UNet:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return _dezero(UNet(TINY)).eval()
+        return by_hand.dezero(UNet(TINY)).eval()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the paper's equations are tested on: one zero convolution, a block under control, the whole network. All in float64."""
+"""What the equations are tested on, in float64: one zero convolution, a block under control, the whole network."""
 
 import copy
 

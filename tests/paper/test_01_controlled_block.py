@@ -1,4 +1,4 @@
-"""Section 3.1, eqs. (1) to (4): a locked block, its trainable copy between two zero convolutions, and nothing changed at first.
+"""Section 3.1, eqs. (1) to (4): a locked block, its trainable copy between zero convolutions, nothing changed at first.
 
 For any block (residual, batch norm, transformer), for the whole network, up to the picture.
 """

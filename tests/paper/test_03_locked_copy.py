@@ -1,4 +1,4 @@
-"""Sections 3.1 and 3.2: the locked weights stay as they are, the trainable copy is a clone, and the locked encoder costs nothing."""
+"""Sections 3.1 and 3.2: the locked weights stay as they are, the copy is a clone, the locked encoder costs no graph."""
 
 import pytest
 import torch

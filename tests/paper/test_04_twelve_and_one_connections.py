@@ -1,4 +1,4 @@
-"""Section 3.2: 12 encoder blocks and 1 middle block, copied, give 12 + 1 residuals that are added to the skips and the middle."""
+"""Section 3.2: 12 + 1 blocks, copied, give 12 + 1 residuals, added to the skips and the middle."""
 
 import pytest
 import torch

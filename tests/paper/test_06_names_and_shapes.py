@@ -1,4 +1,4 @@
-"""Section 3.2, Stable Diffusion: every name and shape of the published weights, built here from their tables and not by minicn.
+"""Section 3.2, Stable Diffusion: names and shapes of the published weights, from their tables and not from minicn.
 
 The tables: Stable Diffusion 1.5's U-Net and autoencoder (CompVis), CLIP ViT-L/14's text tower, ControlNet v1.0.
 """

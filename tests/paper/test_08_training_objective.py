@@ -54,7 +54,7 @@ def test_eq10_the_loss_is_the_mean_square_of_noise_minus_prediction(drawn):
 
 @pytest.mark.parametrize("answer", ["noise", "latents", "x_t", "nothing"])
 def test_eq10_only_the_noise_has_no_loss(drawn, answer):
-    """A network that answers with the noise has a loss of zero; x_0, x_t or nothing have the loss of their distance to it."""
+    """A network that answers with the noise has a loss of zero; x_0, x_t or nothing that of their distance to it."""
     drawn.noise = drawn.noise.float().double()  # what a float32 network can answer with
     answers = {"noise": drawn.noise, "latents": drawn.latents, "x_t": noisy(drawn), "nothing": torch.zeros_like(drawn.noise)}
     loss = training.controlnet_loss(lambda *_: answers[answer], lambda *_: [], drawn, ddim.alphas_cumprod().double())

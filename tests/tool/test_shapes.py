@@ -32,7 +32,7 @@ SHAPE = re.compile(r"(?:(\w+)`? )?\(([^()]*,[^()]*)\)(?: +(u?int\d+|float\d+|boo
 NAME = re.compile(r"(?<![A-Za-z_])(?!(?:or|more|rounded|up)\b)[A-Za-z_]+")
 LETTER = re.compile(r"[^\W\d_abjstxyRG](_\w+)?")  # the others are coordinates and colours: (x, y), min(R, G, B)
 WORDS = {"dim", "heads", "latent_channels", "new", "points", "seen", "size"}
-TOY = {"768": "768 or 64"}  # the width of the text features: 768 in the published model, 64 in the toy; both run here
+TOY = {"768": "768 or 96 or 64"}  # the width of the text features: published, of the toy as it is trained and as it ships
 
 
 @dataclass(frozen=True)
@@ -276,10 +276,10 @@ def trainings(sd: minicn.StableDiffusion, folder: Path):
     training.controlnet_loss(sd.unet, minicn.ControlNet.from_unet(sd.unet), batch, sd.alphas_cumprod)
     images = [scene.image for scene in scenes]
     training.Validation(sd, images, images, [scene.caption for scene in scenes], 1.0, num_steps=1)
-    drawn, captions = pretraining.pictures(range(2))
+    drawn, captions, chances = pretraining.pictures(range(2))
     first, second = (pretraining.Checkpoint(folder / name, name, 9, 0) for name in ("first", "second"))
     latents = training.encode(pretraining.train_vae(drawn, 2, cpu, first, batch_size=2), drawn)
-    pretraining.train_unet(latents, captions, sd.tokenizer, 2, 1, 1e-3, cpu, second)
+    pretraining.train_unet(latents, captions, chances, sd.tokenizer, 2, 1, 1e-3, cpu, second)
 
 
 def annotating():

@@ -17,7 +17,7 @@ from minicn import ControlNet, StableDiffusion, __main__, files, hub, pretrainin
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ["--hint", "{tmp}/ok.png", "--controlnet", "toy-canny"]
-SHORT = "--scenes 4 --batch-size 1 --pictures 1 --guidance-scale 1 --score-every 3 --checkpoint-every 3 --device cpu".split()
+SHORT = "--scenes 2 --batch-size 1 --pictures 1 --guidance-scale 1 --score-every 4 --checkpoint-every 4 --device cpu".split()
 
 
 def log(folder):
@@ -31,18 +31,18 @@ def train(folder, *arguments):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of six steps, undisturbed."""
-    folder = tmp_path_factory.mktemp("run") / "six"
-    train(folder, "--steps", "6")
+    """A run of four steps, undisturbed."""
+    folder = tmp_path_factory.mktemp("run") / "four"
+    train(folder, "--steps", "4")
     return folder
 
 
 def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
     """log.csv has a row a stage; the sheet is hint, truth and one column a stage; the weights load."""
     rows = log(run)
-    assert [row["step"] for row in rows] == ["0", "3", "6"]
+    assert [row["step"] for row in rows] == ["0", "4"]
     sheet = Image.open(run / "sheet.png")
-    assert sheet.size == (5 * 132 - 4, 30 + 128)
+    assert sheet.size == (4 * 132 - 4, 30 + 128)
     assert np.array_equal(np.asarray(sheet)[30:158, :128], toy.scene(0, "test").hint("canny"))
     net = ControlNet.load(run / "controlnet.safetensors", unet=StableDiffusion.load("toy").unet)
     assert all(zero[0].weight.abs().max() > 0 for zero in net.zero_convs)
@@ -52,7 +52,7 @@ def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run, capsys):
     """Nothing is left to do: the same weights, the same sentence."""
     before = files.read(run / "controlnet.safetensors")
-    train(run, "--steps", "6", "--resume")
+    train(run, "--steps", "4", "--resume")
     assert "Weights: " in capsys.readouterr().out
     after = files.read(run / "controlnet.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -66,28 +66,28 @@ def test_before_training_the_score_is_zero(run):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeypatch, capsys, number):
-    """Ctrl-C in step 4 leaves that step's checkpoint and says where; --resume ends bit for bit as if nothing happened."""
+    """Ctrl-C in step 3 leaves that step's checkpoint and says where; --resume ends bit for bit as if nothing happened."""
     calls, loss = [], training.controlnet_loss
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 3:
             os.kill(os.getpid(), number)
         return loss(*args)
 
     monkeypatch.setattr(training, "controlnet_loss", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "run", "--steps", "6")
+        train(tmp_path / "run", "--steps", "4")
     assert stopped.value.code == 130
     assert str(tmp_path / "run") in capsys.readouterr().err
     ControlNet.load(tmp_path / "run" / "controlnet.safetensors")
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 3
     monkeypatch.undo()
-    train(tmp_path / "run", "--steps", "6", "--resume")
+    train(tmp_path / "run", "--steps", "4", "--resume")
     expected = files.read(run / "controlnet.safetensors")
     resumed = files.read(tmp_path / "run" / "controlnet.safetensors")
     assert all(torch.equal(expected[key], resumed[key]) for key in expected)
-    assert [r["step"] for r in log(tmp_path / "run")] == ["0", "3", "6"]
+    assert [r["step"] for r in log(tmp_path / "run")] == ["0", "4"]
 
 
 def train_base(folder, *arguments):
@@ -172,9 +172,9 @@ def test_an_output_folder_that_cannot_be_written_is_said_before_the_work(tmp_pat
 def test_a_run_is_not_overwritten_and_not_mixed(run, capsys):
     """A folder with a run needs --resume; other settings are named."""
     for arguments, words in (
-        (["--steps", "6"], "already holds a run"),
-        (["--steps", "6", "--resume", "--seed", "1"], "--seed 0, not 1"),
-        (["--steps", "5", "--resume"], "has done 6 steps already"),
+        (["--steps", "4"], "already holds a run"),
+        (["--steps", "4", "--resume", "--seed", "1"], "--seed 0, not 1"),
+        (["--steps", "3", "--resume"], "has done 4 steps already"),
     ):
         with pytest.raises(SystemExit) as stopped:
             train(run, *arguments)

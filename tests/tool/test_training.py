@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -42,12 +43,22 @@ def sd(dezero):
     return tiny(dezero)
 
 
-def tiny(dezero):
-    """The toy with a U-Net a sixteenth as large, as if trained."""
+def tiny(dezero, **smaller):
+    """The toy with a U-Net a sixteenth as large, as if trained, or a smaller one."""
     toy_sd = StableDiffusion.load("toy")
     torch.manual_seed(0)
-    unet = dezero(UNet(UNetConfig(model_channels=8, num_heads=2, context_dim=64, norm_num_groups=2)))
-    return StableDiffusion(unet, toy_sd.vae, toy_sd.text_encoder, toy_sd.tokenizer)
+    width = toy_sd.unet.cfg.context_dim
+    cfg = UNetConfig(model_channels=8, num_heads=2, context_dim=width, norm_num_groups=2, **smaller)
+    return StableDiffusion(dezero(UNet(cfg)), toy_sd.vae, toy_sd.text_encoder, toy_sd.tokenizer)
+
+
+FEW = {"channel_mult": (1, 2), "num_res_blocks": 1}  # two levels of one block: 4 + 1 connections
+
+
+@pytest.fixture(scope="module")
+def few(dezero):
+    """A smaller one, where the number of connections does not matter."""
+    return tiny(dezero, **FEW)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +126,7 @@ def test_middle_alone_is_the_middle_residual_of_all(sd, examples):
 @pytest.mark.parametrize("unlock", ["none", "decoder", "all"])
 def test_unlocking_moves_what_it_says_and_nothing_else(examples, tmp_path, unlock, dezero):
     """Large-scale regime: the decoder, or all, of the U-Net learns at its own rate; the whole is saved as one file."""
-    sd, before = tiny(dezero), tiny(dezero).unet.state_dict()
+    sd, before = tiny(dezero, **FEW), tiny(dezero, **FEW).unet.state_dict()
     train(sd, examples, tmp_path, unlock=unlock, unlock_lr=1e-4)
     moved = {key for key, tensor in sd.unet.state_dict().items() if not torch.equal(tensor, before[key])}
     decoder = {key for key in before if key.startswith(("output_blocks.", "out."))}
@@ -135,10 +146,10 @@ def test_unlocking_moves_what_it_says_and_nothing_else(examples, tmp_path, unloc
 # Shares of a batch
 
 
-def test_accumulation_gives_the_same_weights(sd, examples, tmp_path):
+def test_accumulation_gives_the_same_weights(few, examples, tmp_path):
     """A batch of 4 in one, two and four parts, up to rounding: relative distance at most 1e-6 of weights that moved 1e-3."""
-    one, two, four = (train(sd, examples, tmp_path / str(n), batch_size=4, accumulate=n) for n in (1, 2, 4))
-    start = fresh(sd)
+    one, two, four = (train(few, examples, tmp_path / str(n), batch_size=4, accumulate=n) for n in (1, 2, 4))
+    start = fresh(few)
     moved = distance(one, start)
     assert moved > 1e-3
     # Adam divides by the gradient's size: where that is rounding alone, so is the step.
@@ -165,36 +176,47 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path, capsys, arguments):
     assert "a batch of 4 cannot be shared by 1 processes" in capsys.readouterr().err
 
 
-def _one_of_two(rank, folder, dezero, examples, unlock, port):
-    """A process of its own, as torchrun starts them; two runs, the second one resumed."""
+SHARED = {"lr": 1e-3, "batch_size": 8, "unlock_lr": 1e-3, "lr_decay": 0}
+
+
+def _one_of_two(rank, folder, dezero, examples, port):
+    """A process of its own, as torchrun starts them: a run with DDP, then one with FSDP2, which is resumed."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    for steps in (2, 3) if unlock == "all" else (3,):
-        model = tiny(dezero)
-        recipe = training.Recipe(steps=steps, lr=1e-3, batch_size=8, accumulate=2, unlock=unlock, unlock_lr=1e-3, lr_decay=0)
-        run = recording.Run(folder / "two", dataclasses.asdict(recipe))
+    for unlock, steps, resume in (("none", 3, False), ("all", 2, False), ("all", 3, True)):
+        model = tiny(dezero, **FEW)
+        recipe = training.Recipe(steps=steps, accumulate=2, unlock=unlock, **SHARED)
+        run = recording.Run(folder / unlock, dataclasses.asdict(recipe))
         if rank == 0:
-            run.prepare(steps == 3 and unlock == "all")
-        training.train(model, fresh(model), examples, None, run, recipe, score_every=1, resume=run.checkpoint.is_file())
+            run.prepare(resume)
+        training.train(model, fresh(model), examples, None, run, recipe, score_every=1, resume=resume)
         torch.distributed.barrier()
 
 
-@pytest.mark.parametrize(("unlock", "port"), [("none", 29517), ("all", 29518)])
-def test_two_processes_give_the_weights_of_one(examples, tmp_path, dezero, unlock, port):
+@pytest.fixture(scope="module")
+def two_processes(examples, tmp_path_factory, dezero):
+    """The folder that two processes, started once, left their runs in."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_one_of_two, (folder, dezero, examples, 29517), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("unlock", ["none", "all"])
+def test_two_processes_give_the_weights_of_one(two_processes, examples, tmp_path, dezero, unlock):
     """Over gloo, each process with two parts: the models of one process, up to rounding; one log.
 
     DDP; with all unlocked FSDP2, in parts, and resumed from a checkpoint.
     """
-    sd, start = tiny(dezero), tiny(dezero)
-    one = train(sd, examples, tmp_path / "one", batch_size=8, every=1, unlock=unlock, unlock_lr=1e-3, lr_decay=0)
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path, dezero, examples, unlock, port), nprocs=2)
-    two = ControlNet.load(tmp_path / "two" / "controlnet.safetensors")
-    assert distance(two, one) < 0.02 * distance(one, fresh(sd))
+    sd, start = tiny(dezero, **FEW), tiny(dezero, **FEW)
+    one = train(sd, examples, tmp_path / "one", every=1, unlock=unlock, **SHARED)
+    two = ControlNet.load(two_processes / unlock / "controlnet.safetensors")
+    assert distance(two, one) < 0.02 * distance(one, fresh(start))
     if unlock == "all":
-        unet = load_model("unet", weights.contents(files.open_weights(tmp_path / "two" / "model.safetensors")))
+        unet = load_model("unet", weights.contents(files.open_weights(two_processes / unlock / "model.safetensors")))
         assert distance(sd.unet, start.unet) > 1e-3
         assert distance(unet, sd.unet) < 0.02 * distance(sd.unet, start.unet)
-    logs = [list(csv.DictReader((tmp_path / n / "log.csv").read_text().splitlines())) for n in ("one", "two")]
+    paths = (tmp_path / "one" / "log.csv", two_processes / unlock / "log.csv")
+    logs = [list(csv.DictReader(path.read_text().splitlines())) for path in paths]
     assert [row["step"] for row in logs[1]] == ["0", "1", "2", "3"]
     for a, b in zip(*(log[1:] for log in logs), strict=True):
         assert abs(float(a["loss"]) - float(b["loss"])) <= 2e-5
@@ -203,9 +225,9 @@ def test_two_processes_give_the_weights_of_one(examples, tmp_path, dezero, unloc
 # Memory and precision
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(sd, examples, tmp_path):
+def test_gradient_checkpointing_changes_nothing_but_memory(few, sd, examples, tmp_path):
     """The same weights bit for bit, with fewer tensors kept for the way back."""
-    plain, again = (train(sd, examples, tmp_path / str(c), gradient_checkpointing=c) for c in (False, True))
+    plain, again = (train(few, examples, tmp_path / str(c), gradient_checkpointing=c) for c in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
 
     def kept(checkpointing):
@@ -221,11 +243,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory(sd, examples, tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_autocast_keeps_the_weights_in_float32(sd, examples, tmp_path, precision):
-    net = train(sd, examples, tmp_path / "half", precision=precision, steps=2)
+def test_autocast_keeps_the_weights_in_float32(few, examples, tmp_path, precision):
+    net = train(few, examples, tmp_path / "half", precision=precision, steps=2)
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    assert distance(net, fresh(sd)) > 1e-4
-    assert distance(net, train(sd, examples, tmp_path / "whole", steps=2)) > 0  # the rounding is seen
+    assert distance(net, fresh(few)) > 1e-4
+    assert distance(net, train(few, examples, tmp_path / "whole", steps=2)) > 0  # the rounding is seen
 
 
 # What is seen
@@ -257,13 +279,13 @@ def test_the_log_holds_what_changes(sd, examples, tmp_path):
     assert Image.open(tmp_path / "sheet.png").size[0] == 5 * 132 - 4
 
 
-def test_nan_stops_with_step_and_samples(sd, examples, tmp_path):
+def test_nan_stops_with_step_and_samples(few, examples, tmp_path):
     """A loss that is no number ends the run at once, and says what to do; no checkpoint is spoilt."""
-    net = fresh(sd)
+    net = fresh(few)
     with torch.no_grad():
         net.middle_block_out[0].bias[0] = float("nan")
     with pytest.raises(ValueError, match=r"the loss is nan at step 1 \(samples \d+, \d+, \d+, \d+\): lower --lr"):
-        train(sd, examples, tmp_path, net)
+        train(few, examples, tmp_path, net)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -287,10 +309,10 @@ def test_tensorboard_gets_the_log_where_it_is_installed(tmp_path, monkeypatch):
 # Checkpoints
 
 
-def test_a_stop_within_an_accumulation_loses_nothing(sd, examples, tmp_path, monkeypatch):
+def test_a_stop_within_an_accumulation_loses_nothing(few, examples, tmp_path, monkeypatch):
     """SIGTERM in the first of two parts of step 2: the step ends, is kept, and --resume ends with the same weights."""
     settings = {"steps": 4, "batch_size": 4, "accumulate": 2, "lr": 1e-3}
-    whole, recipe = train(sd, examples, tmp_path / "whole", **settings), training.Recipe(**settings)
+    whole, recipe = train(few, examples, tmp_path / "whole", **settings), training.Recipe(**settings)
     calls, loss = [], training.controlnet_loss
 
     def interrupted(*arguments):
@@ -300,11 +322,11 @@ def test_a_stop_within_an_accumulation_loses_nothing(sd, examples, tmp_path, mon
         return loss(*arguments)
 
     for resume in (False, True):
-        run, net = recording.Run(tmp_path / "stopped", dataclasses.asdict(recipe)), fresh(sd, seed=int(resume))
+        run, net = recording.Run(tmp_path / "stopped", dataclasses.asdict(recipe)), fresh(few, seed=int(resume))
         run.prepare(resume)
         monkeypatch.setattr(training, "controlnet_loss", loss if resume else interrupted)
         with contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt, match="after step 2 of 4"):
-            training.train(sd, net, examples, None, run, recipe, resume=resume)
+            training.train(few, net, examples, None, run, recipe, resume=resume)
         assert torch.load(run.checkpoint, weights_only=True)["step"] == (4 if resume else 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), net.parameters(), strict=True))
 
@@ -429,14 +451,14 @@ def test_minicn_train_refuses_in_one_line(folder, tmp_path, refused, more, words
     assert words in refused(command, folder, tmp_path / "out", *(argument.format(tmp=tmp_path) for argument in more))
 
 
-def test_a_picture_that_vanishes_during_training_is_named(sd, folder, tmp_path):
+def test_a_picture_that_vanishes_during_training_is_named(few, folder, tmp_path):
     __main__.main(["make-data", str(tmp_path / "data"), "--count", "2"])
     pairs = data.read_pairs(tmp_path / "data")
-    examples = training.Examples.from_pairs(sd, pairs, 128)
+    examples = training.Examples.from_pairs(few, pairs, 128)
     for pair in pairs:
         pair.hint.unlink()
     with pytest.raises(FileNotFoundError, match=r"source/\d\.png does not exist"):
-        train(sd, examples, tmp_path / "run")
+        train(few, examples, tmp_path / "run")
 
 
 def test_what_was_encoded_is_not_encoded_again(sd, folder, tmp_path, monkeypatch):
@@ -455,19 +477,28 @@ def test_what_was_encoded_is_not_encoded_again(sd, folder, tmp_path, monkeypatch
 # The ledger
 
 
-SHAPES = (UNetConfig(model_channels=64, context_dim=64), 128)
+SHAPES = (UNetConfig(model_channels=64, channel_mult=(1, 2), context_dim=64), 128)
+
+
+@functools.cache
+def predicted(unlock="none", **settings):
+    """The ledger of a recipe, from shapes alone; the same one is asked for by several tests."""
+    cfg, size = SHAPES
+    with torch.device("meta"):
+        unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
+    recipe = training.Recipe(**{"steps": 1, "batch_size": 2} | settings, unlock=unlock)
+    return ledger.predict(unet, net, recipe, size, 1, torch.device("cpu"))
 
 
 def test_the_ledger_counts_weights_gradients_and_moments(dezero):
     """Exactly, for each regime: a gradient and two moments of float32 for each weight that learns."""
-    cfg, size = SHAPES
+    cfg, _ = SHAPES
     with torch.device("meta"):
         unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("unet", unet), ("net", net))}
     learned = {"none": count["net"], "all": count["net"] + count["unet"]}
     for unlock, numbers in learned.items():
-        recipe = training.Recipe(steps=1, batch_size=1, unlock=unlock)
-        found = ledger.predict(unet, net, recipe, size, 1, torch.device("cpu"))
+        found = predicted(unlock)
         assert found.weights == 4 * (count["unet"] + count["net"])
         assert found.gradients == 4 * numbers
         assert abs(found.optimiser - 8 * numbers) < 1e5  # and a counter for each tensor
@@ -477,25 +508,17 @@ def test_the_ledger_counts_weights_gradients_and_moments(dezero):
 
 def test_the_ledger_knows_what_saves_memory():
     """Gradient checkpointing, parts of a batch and the small-scale regime keep less for the way back."""
-    cfg, size = SHAPES
-    with torch.device("meta"):
-        unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
-
-    def activations(**settings):
-        recipe = training.Recipe(**{"steps": 1, "batch_size": 2} | settings)
-        return ledger.predict(unet, net, recipe, size, 1, torch.device("cpu")).activations
-
-    plain = activations()
-    assert activations(gradient_checkpointing=True) < 0.4 * plain
-    assert abs(activations(accumulate=2) / plain - 0.5) < 0.05
-    assert activations(connect="middle") < plain
+    plain = predicted().activations
+    assert predicted(gradient_checkpointing=True).activations < 0.4 * plain
+    assert abs(predicted(accumulate=2).activations / plain - 0.5) < 0.05
+    assert predicted(connect="middle").activations < plain
 
 
 def test_the_ledger_counts_what_autograd_keeps():
     """Predicted without a number computed: within 1% of the tensors that a real forward pass saves for the way back."""
     cfg, size = SHAPES
     unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
-    recipe = training.Recipe(steps=1, batch_size=1)
+    recipe = training.Recipe(steps=1, batch_size=2)
     training.lock(unet, net, recipe)
     own = {p.untyped_storage().data_ptr() for model in (unet, net) for p in model.parameters()}
     batch, kept = ledger.example(net, recipe, size, 1, torch.device("cpu")), {}
@@ -508,7 +531,7 @@ def test_the_ledger_counts_what_autograd_keeps():
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = training.controlnet_loss(unet, net, batch, ddim.alphas_cumprod())
-    found = ledger.predict(unet, net, recipe, size, 1, torch.device("cpu")).activations
+    found = predicted().activations
     assert loss.requires_grad
     assert abs(found / sum(storage.nbytes() for storage in kept.values()) - 1) < 0.01
 
