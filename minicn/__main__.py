@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import minicn
-from minicn import cli, conditioning, conditions, converting, data, recording, threads, training
+from minicn import cli, conditioning, conditions, converting, data, device_check, recording, threads, training
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -185,6 +185,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     choices = ("circles", *conditions.NAMES)
     command.add_argument("--condition", choices=choices, default="circles", help="as Fill50K, or toy scenes with this hint")
     command.add_argument("--seed", type=cli.whole(0), default=0, help="of the circles, 0 and up")
+
+    text = "compare a device with the CPU on the toy, and take times; prints a Markdown table to paste into an issue"
+    command = commands.add_parser("check-device", help="see whether a graphics card computes what the CPU does", **style)
+    command.description = f"{text}. A minute; exit status 1 if a comparison fails, 2 if the device is not there."
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser.parse_args(argv)
 
 
@@ -418,6 +423,15 @@ def make_data(args: argparse.Namespace) -> None:
     print(f"{args.folder}: {count} pairs; look at them with: minicn check-data {args.folder}")
 
 
+def check_device(args: argparse.Namespace) -> None:
+    device = cli.device(args.device)
+    torch.set_flush_denormal(True)
+    report, holds = device_check.check(device)
+    print(report)
+    if not holds:
+        sys.exit(1)
+
+
 COMMANDS = {
     "generate": generate,
     "condition": condition,
@@ -426,6 +440,7 @@ COMMANDS = {
     "train": train,
     "check-data": check_data,
     "make-data": make_data,
+    "check-device": check_device,
 }
 
 
