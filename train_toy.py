@@ -10,12 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-import minicn.threads  # before torch, see there
+import minicn.threads  # noqa: F401  (before torch, see there)
 
 # isort: split
 import torch
 
-from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, threads, toy, training
+from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, toy, training
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
 EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: most conditions begin to follow there

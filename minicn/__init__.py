@@ -3,7 +3,7 @@
 Public names: the models, the pipeline that joins them, and the modules `conditions`, `ddim`, `measures` and `toy`.
 """
 
-from minicn import threads  # before torch is loaded: it bounds how long OpenMP's threads spin
+from minicn import threads  # noqa: F401  (before torch is loaded: it bounds how long OpenMP's threads spin)
 
 # isort: split
 from minicn import conditions, ddim, measures, toy

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -368,10 +367,7 @@ def train_base(
         for i, stage in enumerate(("autoencoder", "U-Net"))
     ]
     start = None if model is None else StableDiffusion.load(model, device=device)
-    if start is None:
-        vae = autoencoder(output / "vae.pt", scenes, vae_steps, seed, device, checkpoints[0])
-    else:
-        vae = start.vae
+    vae = start.vae if start else autoencoder(output / "vae.pt", scenes, vae_steps, seed, device, checkpoints[0])
     tokenizer = Tokenizer.from_merges(learn_merges([*toy.captions(), *NEUTRAL[:3]]))
     images, captions, chances = pictures(range(rank, scenes, world))
     latents = encode(vae, images)

@@ -91,8 +91,8 @@ class Pace:
         if self.chosen in self._seconds and self._seconds[best] > 0.9 * self._seconds[self.chosen]:
             best = self.chosen  # no change for a difference that is noise
         if best != self.chosen:
-            times = ", ".join(f"{n}: {s:.3g} s" for n, s in self._seconds.items())
-            self.say(f"note: computing with {best} of {max(self.numbers)} threads (a step takes {times}); --threads N decides")
+            times = ", ".join(f"{number}: {seconds:.3g} s" for number, seconds in self._seconds.items())
+            self.say(f"note: computing with {best} of {max(self.numbers)} threads (a step takes {times}); --threads decides")
         self.chosen = best
 
 

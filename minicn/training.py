@@ -284,11 +284,11 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     if resume:
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        threads = torch.get_num_threads()
-        if state.get("threads", threads) != threads:
+        before, now = state.get("threads"), torch.get_num_threads()
+        if before not in (None, now):
             warnings.warn(
-                f"the run so far computed with {state['threads']} threads, and goes on with {threads}: it may end differently "
-                f"by rounding; --threads {state['threads']} goes on as before",
+                f"the run so far computed with {before} threads, and goes on with {now}: it may end differently by rounding; "
+                f"--threads {before} goes on as before",
                 stacklevel=3,
             )
     joint = Joint(sd.unet, net)
