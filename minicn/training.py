@@ -287,7 +287,7 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
         before, now = state.get("threads"), torch.get_num_threads()
         if before not in (None, now):
             warnings.warn(
-                f"the run so far computed with {before} threads, and goes on with {now}: it may end differently by rounding; "
+                f"the run so far computed with {before} threads, and goes on with {now}: results may differ by rounding; "
                 f"--threads {before} goes on as before",
                 stacklevel=3,
             )
