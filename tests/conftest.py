@@ -56,16 +56,28 @@ def pytest_runtest_call(item):
             item.user_properties.append((SHARE, (max(closeness.USED), len(closeness.USED))))
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Say how much of the tolerances was used, at most and where."""
+def pytest_addoption(parser):
+    parser.addoption("--share", type=float, default=1.0, help=f"fail if the {SHARE} is more than this")
+
+
+def shares(terminalreporter):
+    """Return of each test that compared up to rounding: the largest share of a tolerance, how many there were, its name."""
     reports = [r for group in terminalreporter.stats.values() for r in group if getattr(r, "when", "") == "call"]
-    used = [(*value, r.nodeid) for r in reports for name, value in r.user_properties if name == SHARE]
-    if used:
-        share, _, where = max(used)
-        count = sum(each[1] for each in used)
-        terminalreporter.write_line(
-            f"{count} comparisons up to rounding; at most {share:.2f} of a tolerance was used ({where})"
-        )
+    return [(*value, r.nodeid) for r in reports for name, value in r.user_properties if name == SHARE]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how much of the tolerances was used, at most and where, and on what."""
+    if used := shares(terminalreporter):
+        (share, _, where), count = max(used), sum(each[1] for each in used)
+        machine = f"{torch.backends.cpu.get_cpu_capability()}, threads: {torch.get_num_threads()}"
+        terminalreporter.write_line(f"{count} comparisons up to rounding ({machine}); {SHARE}: {share:.2f} in {where}")
+
+
+def pytest_sessionfinish(session):
+    terminalreporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminalreporter and any(used[0] > session.config.option.share for used in shares(terminalreporter)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(autouse=True)
