@@ -57,10 +57,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--folder", type=Path, help="where the random weights are, or are to be made; needed but for --quick"
     )
     parser.add_argument("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="what to measure")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each, in turn")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--quick", action="store_true", help="narrow models, in minutes, against limits")
+    parser.add_argument("--table", action="store_true", help="only print results.json as the README shows it")
     args = parser.parse_args(argv)
-    if not args.quick and args.folder is None:
+    if not args.quick and not args.table and args.folder is None:
         parser.error("--folder is missing: name one with 6 GB, or give --quick")
     return args
 
@@ -159,8 +160,20 @@ def keep(figures: list[Figure]) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
+def table(results: dict[str, dict]) -> list[str]:
+    """Return the README's lines: a ratio a row, a machine a column."""
+    lines = [["ratio", *results], ["---"] * (1 + len(results))]
+    for name in dict.fromkeys(name for figures in results.values() for name in figures):
+        found = [figures[name]["ratio"] if name in figures else "-" for figures in results.values()]
+        lines.append([name, *(f"{ratio:.2f}" if isinstance(ratio, float) else ratio for ratio in found)])
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
 def main() -> int:
     args = parse_args()
+    if args.table:
+        print("\n".join(table(json.loads(RESULTS.read_text("utf-8")))))
+        return 0
     print(f"{machine()}, {torch.get_num_threads()} threads, commit {commit()}, torch {torch.__version__}")
     too_slow = []
     with tempfile.TemporaryDirectory() as temporary:
