@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PROMPT = "a red ball beside a yellow person on a white background"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the random weights are, or are to be made")
     parser.add_argument("--what", choices=("step", "picture", "memory", "load", "parity"), default="step")
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--narrow", action="store_true", help="a small model, to try the script")
     parser.add_argument("--one", choices=("minicn", "diffusers"), help=argparse.SUPPRESS)  # a process of its own
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def randomise(model, seed):
@@ -59,7 +59,9 @@ def randomise(model, seed):
 
 
 def make_weights(folder: Path, narrow: bool) -> None:
-    """Write a Stable Diffusion and a ControlNet of random weights, as diffusers folders."""
+    """Write a Stable Diffusion and a ControlNet of random weights, as diffusers folders, if they are not there."""
+    if (folder / "sd" / "model_index.json").is_file():
+        return
     words = Tokenizer.load(TOY_BASE / "tokenizer")
     unet = UNet(NARROW if narrow else None)
     vae = VAE(VAEConfig(channels=(32, 32, 64, 64)) if narrow else None)
@@ -225,14 +227,29 @@ def parity(args) -> list[tuple[str, float]]:
     return rows
 
 
+def compare(args, name: str) -> list[tuple[str, float, float]]:
+    """Measure --what in one precision: what it is, minicn's median, diffusers' median."""
+    if args.what == "memory":
+        a, b = (in_process(args, name, one)["gb"] for one in ("minicn", "diffusers"))
+        return [("peak memory of a process, GB", a, b)]
+    if args.what == "load":
+        runs = [{one: in_process(args, name, one) for one in ("minicn", "diffusers")} for _ in range(args.repeats)]
+        return [
+            (what, *(statistics.median(run[one][key] for run in runs) for one in ("minicn", "diffusers")))
+            for key, what in (("seconds", "seconds to load"), ("peak", "peak memory / weights"))
+        ]
+    seconds = (time_steps if args.what == "step" else time_pictures)(args, DTYPES[name])
+    gc.collect()
+    return [(f"{args.what}, seconds", statistics.median(seconds["minicn"]), statistics.median(seconds["diffusers"]))]
+
+
 def main() -> None:
     args = parse_args()
     if args.one:
         measure_one(args)
         return
-    if not (args.folder / "sd" / "model_index.json").is_file():
-        make_weights(args.folder, args.narrow)
-        gc.collect()
+    make_weights(args.folder, args.narrow)
+    gc.collect()
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.size}x{args.size}, torch {torch.__version__}")
     if args.what == "parity":
         for name, value in parity(args):
@@ -240,20 +257,8 @@ def main() -> None:
         return
     print("| | minicn | diffusers | ratio |\n| --- | --- | --- | --- |")
     for name in args.dtype:
-        if args.what == "memory":
-            a, b = (in_process(args, name, one)["gb"] for one in ("minicn", "diffusers"))
-            print(f"| {name}, peak memory of a process, GB | {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)
-            continue
-        if args.what == "load":
-            runs = {one: [in_process(args, name, one) for _ in range(args.repeats)] for one in ("minicn", "diffusers")}
-            for key, what in (("seconds", "seconds to load"), ("peak", "peak memory / weights")):
-                a, b = (statistics.median(run[key] for run in runs[one]) for one in ("minicn", "diffusers"))
-                print(f"| {name}, {what} | {a:.3f} | {b:.3f} | {a / b:.2f} |", flush=True)
-            continue
-        seconds = (time_steps if args.what == "step" else time_pictures)(args, DTYPES[name])
-        a, b = statistics.median(seconds["minicn"]), statistics.median(seconds["diffusers"])
-        print(f"| {name}, {args.what}, seconds | {a:.3f} | {b:.3f} | {a / b:.2f} |", flush=True)
-        gc.collect()
+        for what, a, b in compare(args, name):
+            print(f"| {name}, {what} | {a:.3f} | {b:.3f} | {a / b:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ ROWS = {  # of the table: what is timed, and the row that it is compared with
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--what", choices=("step", "ledger", "kills"), default="step")
     parser.add_argument("--rows", choices=ROWS, nargs="+", default=list(ROWS), help="step: what to time")
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--narrow", action="store_true", help="a small model, to try the script")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)  # a process of its own
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def fill(model: torch.nn.Module) -> torch.nn.Module:
@@ -144,8 +144,8 @@ def measure_one(args) -> None:
     print(json.dumps({"seconds": seconds, "memory": peak.bytes - before}))
 
 
-def steps(args) -> None:
-    """Print seconds and memory of each row, and their ratios."""
+def measure(args) -> dict[str, dict[str, float]]:
+    """Return seconds and memory of each row, medians."""
     found = {name: {"seconds": [], "memory": []} for name in args.rows}
     for _ in range(args.repeats):
         for name in args.rows:
@@ -155,9 +155,14 @@ def steps(args) -> None:
             result = json.loads(done.stdout.splitlines()[-1])
             found[name]["seconds"] += result["seconds"]
             found[name]["memory"].append(result["memory"])
+    return {name: {key: statistics.median(values) for key, values in row.items()} for name, row in found.items()}
+
+
+def steps(args) -> None:
+    """Print seconds and memory of each row, and their ratios."""
+    middle = measure(args)
     print(f"{args.device}, {torch.get_num_threads()} threads, {args.size}x{args.size}, batch {args.batch_size}, float32")
     print("| a training step | seconds | GB | compared with | time | memory |\n| --- | --- | --- | --- | --- | --- |")
-    middle = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in found.items()}
     for name, row in middle.items():
         text, other = ROWS[name]
         line = f"| {text} | {row['seconds']:.2f} | {row['memory'] / 1e9:.2f} |"

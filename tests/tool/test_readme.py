@@ -1,6 +1,7 @@
 """What the README says is executed: its snippets run, its file guide is complete, the tests it names exist."""
 
 import csv
+import json
 import re
 import shlex
 from pathlib import Path
@@ -136,3 +137,16 @@ def test_the_scores_of_the_log_are_those_of_the_log():
     pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
     assert len(pairs) == 3
     assert all(f"{scores[step]:.2f}" == score for score, step in pairs)
+
+
+def test_the_table_of_speeds_is_what_was_measured():
+    """Every ratio is the one in benchmarks/results.json, each machine and each figure there has its place, and no other."""
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
+    lines = re.findall(r"(?m)^\| (.*) \|$", README.split("## Speed\n")[1].split("\n## ")[0])
+    (_, *machines), _, *rows = [line.split(" | ") for line in lines]
+    assert machines == list(results)
+    shown = {(name, machine): cell for name, *cells in rows for machine, cell in zip(machines, cells, strict=True)}
+    measured = {(name, machine): figure["ratio"] for machine, figures in results.items() for name, figure in figures.items()}
+    assert {place for place, cell in shown.items() if cell != "-"} == set(measured)
+    for place, ratio in measured.items():
+        assert shown[place] == (ratio if isinstance(ratio, str) else f"{ratio:.2f}"), place
