@@ -161,7 +161,7 @@ def _stroke(x: float, y: float, draw: random.Random, radius: float) -> np.ndarra
 def lessons(count: int, through) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
     """Yield pictures and what each colour shows: scenes and spoiled scenes in turn, half of them through the autoencoder.
 
-    through  (N, 3, 128, 128) uint8 -> the same pictures, encoded and decoded
+    through  encodes and decodes an array of pictures
     """
     for first in tqdm(range(0, count, 32), desc="drawing lessons", unit="batch"):
         made = []

@@ -25,7 +25,20 @@ from PIL import Image
 from torch import Tensor
 
 import minicn
-from minicn import annotators, conditioning, conditions, data, drawing, measures, palettes, pretraining, toy, training
+from minicn import (
+    annotators,
+    conditioning,
+    conditions,
+    data,
+    device_check,
+    drawing,
+    judging,
+    measures,
+    palettes,
+    pretraining,
+    toy,
+    training,
+)
 from minicn.unet import Conv3x3
 
 SHAPE = re.compile(r"(?:(\w+)`? )?\(([^()]*,[^()]*)\)(?: +(u?int\d+|float\d+|bool)\b)?")  # with the words around it
@@ -282,6 +295,11 @@ def trainings(sd: minicn.StableDiffusion, folder: Path):
     pretraining.train_unet(latents, captions, chances, sd.tokenizer, 2, 1, 1e-3, cpu, second)
 
 
+def judging_pictures():
+    judging.train_judge(lambda images: images, count=32, epochs=1, batch_size=16).see(toy.scene(0).image)
+    device_check.picture(torch.device("cpu"), torch.float32, 1)
+
+
 def annotating():
     random = np.random.default_rng(0)
     picture = random.integers(0, 256, (32, 48, 3), np.uint8)
@@ -338,6 +356,7 @@ def test_every_stated_shape_is_what_comes(tmp_path):
         published_widths(sd)
         drawing_pictures(sd)
         trainings(sd, tmp_path)
+        judging_pictures()
         annotating()
         hints()
         files(tmp_path)
