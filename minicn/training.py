@@ -111,7 +111,13 @@ class Examples:
         return stack([data.load_pair(self.hints[i], size)[0] for i in samples.tolist()])
 
     def batch(
-        self, seed: int, step: int, size: int, drop_prompt: float, device: torch.device, part: slice = slice(None)
+        self,
+        seed: int,
+        step: int,
+        size: int,
+        drop_prompt: float,
+        device: str | torch.device,
+        part: slice = slice(None),
     ) -> Batch:
         """Draw the batch of a step, or a part of it: sample i of step s is a function of (seed, s, i) alone.
 
@@ -134,12 +140,13 @@ class Examples:
         )
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def send(tensor: Tensor, device: str | torch.device) -> Tensor:
     """Copy a tensor from the CPU to a device, by a way on which CUDA does not wait for the steps before.
 
     Numerics: on MPS such a copy may read memory that is free again, and give other numbers (pytorch issue 189690).
     """
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    cuda = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
 
 
 def encode_prompts(sd: StableDiffusion, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

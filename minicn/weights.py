@@ -419,13 +419,13 @@ def check_finite(model: torch.nn.Module) -> None:
     model.unchecked = None
 
 
-def layout(device: torch.device) -> torch.memory_format:
+def layout(device: str | torch.device) -> torch.memory_format:
     """Return the memory layout in which convolutions are fast on a device.
 
     Numerics: on MPS, channels-last gave wrong gradients up to PyTorch 2.5 (pytorch issue 142344), and takes 30 times as
     long going backwards in those of 2026 (issue 193349).
     """
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def prepare(model: torch.nn.Module) -> None:

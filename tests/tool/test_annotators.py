@@ -83,7 +83,8 @@ def test_load_reads_the_published_container(networks, tmp_path, dtype):
     assert torch.equal(before, torch.random.get_rng_state())  # no random number was drawn
     assert not loaded.training
     assert not any(p.requires_grad or p.dtype != torch.float32 for p in loaded.parameters())
-    assert all(torch.equal(loaded.state_dict()[key], value.float()) for key, value in kept.items())
+    found = loaded.state_dict()
+    assert all(torch.equal(found[key], value.float()) for key, value in kept.items())
 
 
 class Payload:

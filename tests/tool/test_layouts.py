@@ -142,8 +142,9 @@ def test_files_in_half_precision_load(sd, ldm, tmp_path):
     safetensors.torch.save_file(half, tmp_path / "half.safetensors")
     loaded = StableDiffusion.load(tmp_path / "half.safetensors", tokenizer=TOKENIZER)
     assert loaded.dtype == torch.float32
+    found = loaded.unet.state_dict()
     for key, tensor in sd.unet.state_dict().items():
-        assert torch.equal(loaded.unet.state_dict()[key], tensor.half().float())
+        assert torch.equal(found[key], tensor.half().float())
 
 
 def test_the_moving_average_is_taken_only_when_asked_for(sd, ldm, tmp_path):
@@ -155,7 +156,8 @@ def test_the_moving_average_is_taken_only_when_asked_for(sd, ldm, tmp_path):
     assert_whole(loaded, sd)
     with pytest.warns(UserWarning, match="the moving average weights are used"):
         loaded = StableDiffusion.load(tmp_path / "both.safetensors", tokenizer=TOKENIZER, ema=True)
-    assert all(torch.equal(loaded.unet.state_dict()[key], tensor + 1) for key, tensor in sd.unet.state_dict().items())
+    found = loaded.unet.state_dict()
+    assert all(torch.equal(found[key], tensor + 1) for key, tensor in sd.unet.state_dict().items())
     assert same(loaded.vae, sd.vae)
     safetensors.torch.save_file(ldm, tmp_path / "one.safetensors")
     with pytest.raises(ValueError, match="holds no moving average"):
@@ -240,7 +242,8 @@ def test_another_autoencoder_can_be_given(sd, ldm, tmp_path):
     sd.save(tmp_path / "sd")
     loaded = StableDiffusion.load(tmp_path / "sd", vae=tmp_path / "vae.ckpt", vae_dtype=torch.float64)
     assert loaded.vae.quant_conv.weight.dtype == torch.float64
-    assert all(torch.equal(loaded.vae.state_dict()[key], t.double()) for key, t in other.items())
+    found = loaded.vae.state_dict()
+    assert all(torch.equal(found[key], t.double()) for key, t in other.items())
     assert same(loaded.unet, sd.unet)
     assert same(load_vae(tmp_path / "sd"), sd.vae)
     assert same(load_vae(tmp_path / "sd" / "vae"), sd.vae)
@@ -297,7 +300,8 @@ def test_controlnets_load(sd, net, ldm, tmp_path, layout):
         loaded = ControlNet.load(path, unet=sd.unet)
     assert loaded.cfg == net.cfg
     precision = torch.Tensor.half if "half" in layout else torch.Tensor.float
-    assert all(torch.equal(t, precision(net.state_dict()[key]).float()) for key, t in loaded.state_dict().items())
+    written = net.state_dict()
+    assert all(torch.equal(t, precision(written[key]).float()) for key, t in loaded.state_dict().items())
 
 
 def test_v10_files_hold_a_unet_of_their_own(sd, net, ldm, tmp_path):
@@ -328,9 +332,10 @@ def test_difference_files_are_added_to_the_unet(sd, tmp_path, prefix):
     kept = write_diff(trained, sd.unet, tmp_path / "diff.pth", prefix)
     assert kept < 100  # of 340
     loaded = ControlNet.load(tmp_path / "diff.pth", unet=sd.unet)
-    assert all(torch.allclose(t, trained.state_dict()[key], atol=1e-7) for key, t in loaded.state_dict().items())
+    found, want, base = loaded.state_dict(), trained.state_dict(), sd.unet.state_dict()
+    assert all(torch.allclose(t, want[key], atol=1e-7) for key, t in found.items())
     untouched = [key for key in loaded.state_dict() if key.startswith("input_blocks.1.")]
-    assert all(torch.equal(loaded.state_dict()[key], sd.unet.state_dict()[key]) for key in untouched)
+    assert all(torch.equal(found[key], base[key]) for key in untouched)
     with pytest.raises(ValueError, match="is a difference file: give the U-Net"):
         ControlNet.load(tmp_path / "diff.pth")
     assert any("difference file" in line for line in converting.describe(tmp_path / "diff.pth"))

@@ -1,6 +1,7 @@
 """train_toy.py and the command line, as a person runs them: short runs, refusals, interruption and resumption."""
 
 import csv
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_toy
-from minicn import ControlNet, StableDiffusion, __main__, files, pretraining, toy, training
+from minicn import ControlNet, StableDiffusion, __main__, files, hub, pretraining, recording, toy, training
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ["--hint", "{tmp}/ok.png", "--controlnet", "toy-canny"]
@@ -27,6 +28,14 @@ def log(folder):
 
 def train(folder, *arguments):
     return train_toy.main([*SHORT, "--output", str(folder), *arguments])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """Pictures on the way are drawn in one step; the run in tests/paper draws them in ten, as a person's does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording, "Validation", functools.partial(recording.Validation, num_steps=1))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +100,7 @@ def test_resuming_gives_the_weights_of_an_undisturbed_run(run, tmp_path, monkeyp
 
 
 def train_base(folder, *arguments):
-    short = "--base --scenes 4 --vae-steps 3 --steps 3 --batch-size 2 --checkpoint-every 2 --device cpu".split()
+    short = "--base --scenes 2 --vae-steps 3 --steps 3 --batch-size 1 --checkpoint-every 2 --device cpu".split()
     return train_toy.main([*short, "--output", str(folder), *arguments])
 
 

@@ -131,7 +131,8 @@ def test_unlocking_moves_what_it_says_and_nothing_else(examples, tmp_path, unloc
     moved = {key for key, tensor in sd.unet.state_dict().items() if not torch.equal(tensor, before[key])}
     decoder = {key for key in before if key.startswith(("output_blocks.", "out."))}
     assert moved == {"none": set(), "decoder": decoder, "all": set(before)}[unlock]
-    largest = max((sd.unet.state_dict()[key] - before[key]).abs().max().item() for key in before)
+    after = sd.unet.state_dict()
+    largest = max((after[key] - before[key]).abs().max().item() for key in before)
     assert largest <= 3 * 1.1e-4
     assert all(p.grad is None for p in sd.unet.parameters())
     assert (tmp_path / "model.safetensors").is_file() == (unlock != "none")
@@ -195,9 +196,14 @@ def _one_of_two(rank, folder, dezero, examples, port):
 
 @pytest.fixture(scope="module")
 def two_processes(examples, tmp_path_factory, dezero):
-    """The folder that two processes, started once, left their runs in."""
+    """The folder that two processes, started once, left their runs in.
+
+    On Linux they are forked, so that they need not import everything again.
+    """
     folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_one_of_two, (folder, dezero, examples, 29517), nprocs=2)
+    method = "fork" if sys.platform == "linux" and not torch.cuda.is_available() else "spawn"
+    arguments = (folder, dezero, examples, 29517)
+    torch.multiprocessing.start_processes(_one_of_two, arguments, nprocs=2, start_method=method)
     return folder
 
 
@@ -384,13 +390,19 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Pictures on the way are drawn in one step."""
+    monkeypatch.setattr(recording, "Validation", functools.partial(recording.Validation, num_steps=1))
+
+
 def command(folder, output, *more):
     arguments = "train --model toy --steps 2 --batch-size 1 --pictures 1".split()
     arguments += "--score-every 2 --checkpoint-every 1 --resolution 64 --device cpu".split()
     return __main__.main([*arguments, "--data", str(folder), "--output", str(output), *more])
 
 
-def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys):
+def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys, quick):
     """Log, sheet, checkpoint, weights in both layouts; resuming after a kill gives the same weights bit for bit."""
     assert command(folder, tmp_path / "whole") == 0
     assert "Weights: " in capsys.readouterr().out
@@ -546,5 +558,6 @@ def test_a_dry_run_prints_the_ledger_and_leaves_nothing(folder, tmp_path, capsys
 
 def test_a_dry_run_says_why_nothing_was_measured(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ledger, "free", lambda device: 1_000_000)
+    monkeypatch.setattr(ledger, "predict", lambda *_: ledger.Ledger(*[10**9] * 5))
     assert command(folder, tmp_path / "out", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "not measured: only 1 MB are free"
