@@ -277,6 +277,7 @@ def test_the_learning_rate_falls_to_zero_over_the_last_share():
 
 def test_pictures_become_latents_and_back_by_one_scale():
     """encode_images: [0, 255] to [-1, 1], times 0.18215; decode_latents divides by it, rounds to the nearest level."""
+
     class Open(nn.Module):
         """An autoencoder that keeps what it is given."""
 
