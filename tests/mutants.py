@@ -32,7 +32,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # longer than any test here takes
-PRELOADED = "torch torch.distributed torch.utils.checkpoint safetensors.torch numpy PIL.Image regex ftfy tqdm pytest".split()
+PRELOADED = (
+    "torch torch.distributed torch.utils.checkpoint safetensors.torch numpy PIL.Image PIL.ImageOps regex ftfy tqdm pytest "
+    "_pytest.faulthandler _pytest.junitxml _pytest.skipping _pytest.threadexception _pytest.tracemalloc _pytest.unittest "
+    "_pytest.unraisableexception _pytest.warnings"
+).split()
+OPTIONS = "-q --tb=short -p no:cacheprovider -o addopts=".split()
 
 
 class Mutant(NamedTuple):
@@ -110,17 +115,17 @@ def pytest_there(folder: Path, arguments: list[str], planted: bool) -> None:
             os.dup2(output.fileno(), stream.fileno())
     os.chdir(folder)
     sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = str(folder)
+    os.environ.update(PYTHONPATH=str(folder), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # Jupyter's plugins take two seconds
     sys.dont_write_bytecode = planted
     import pytest
 
-    status = pytest.main([*arguments, "--basetemp", str(folder / "tmp"), "-q", "--tb=short", "-p", "no:cacheprovider"])
+    status = pytest.main([*arguments, *OPTIONS, "--basetemp", str(folder / "tmp")])
     used = Path(sys.modules["minicn"].__file__) if "minicn" in sys.modules else None
     if used is not None and folder not in used.parents:
         print(f"{used} was imported, not the copy")
         status = 3
     sys.stdout.flush()
-    os._exit(int(status))
+    sys.exit(int(status))
 
 
 def status_of(folder: Path, arguments: list[str], planted: bool = True) -> int | None:
