@@ -1,0 +1,1371 @@
+"""Planted bugs: small edits of the source, each with the test that must then fail.
+
+python tests/mutants.py                  all of them, some minutes on one core
+python tests/mutants.py --dozen          a fixed dozen, as .ci/run does
+python tests/mutants.py --only PATTERN   those whose file, words, or test match a regular expression
+python tests/mutants.py --list           name them, run nothing
+
+First the named tests run on an unchanged copy of the package, and must pass. Then each edit is made in that copy, its test
+runs in a process of its own, which had PyTorch imported already, and the edit is taken back. A mutant is
+
+    caught     its test fails
+    survived   its test passes: the test is too weak
+    broken     the edit no longer applies (its old text must occur exactly once in the file), the test is gone or cannot be
+               collected, or it took longer than five minutes
+
+The exit status is 1 if any survives or is broken. Every edit is checked for applying, also those that are not run.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 300  # longer than any test here takes
+PRELOADED = (
+    "torch torch.distributed torch.utils.checkpoint safetensors.torch numpy PIL.Image PIL.ImageOps regex ftfy tqdm pytest "
+    "_pytest.faulthandler _pytest.junitxml _pytest.skipping _pytest.threadexception _pytest.tracemalloc _pytest.unittest "
+    "_pytest.unraisableexception _pytest.warnings"
+).split()
+OPTIONS = "-q --tb=short -p no:cacheprovider -o addopts=".split()
+
+
+class Mutant(NamedTuple):
+    file: str
+    words: str  # what is wrong
+    old: str  # must occur exactly once in the file
+    new: str
+    test: str  # name of the function that must fail, in whichever file it is; with [case], that case alone
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.words} ({self.test})"
+
+
+# One copy of the package, an edit at a time
+
+
+def copy_of_the_package(folder: Path) -> None:
+    """Copy code, tests and settings; weights and other data become links."""
+
+    def copy(source: str, destination: str) -> None:
+        if source.endswith(".py"):
+            shutil.copy2(source, destination)
+        else:
+            os.symlink(source, destination)
+
+    for name in ("minicn", "tests"):
+        shutil.copytree(ROOT / name, folder / name, copy_function=copy, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
+        shutil.copy2(file, folder)
+
+
+@contextlib.contextmanager
+def planted(mutant: Mutant, folder: Path):
+    """Inside `with`, the copy has the bug."""
+    file = folder / mutant.file
+    whole, before = file.read_text("utf-8"), file.stat()
+    file.write_text(whole.replace(mutant.old, mutant.new), "utf-8")
+    os.utime(file, (before.st_atime, before.st_mtime + 10))  # or bytecode of the same size and second would be used
+    try:
+        yield
+    finally:
+        file.write_text(whole, "utf-8")
+        os.utime(file, (before.st_atime, before.st_mtime))
+
+
+def fault(mutant: Mutant, root: Path = ROOT) -> str:
+    """Return why an edit does not apply; "" if it does."""
+    file = root / mutant.file
+    if not file.is_file():
+        return f"there is no {mutant.file}"
+    whole = file.read_text("utf-8")
+    if whole.count(mutant.old) != 1:
+        return f"the old text occurs {whole.count(mutant.old)} times, not once"
+    try:
+        compile(whole.replace(mutant.old, mutant.new), mutant.file, "exec")
+    except SyntaxError as error:
+        return f"the new text is no Python: {error}"
+    return "" if nodes(mutant.test, root) else "there is no such test"
+
+
+def nodes(test: str, root: Path = ROOT) -> list[str]:
+    """Return what pytest calls a test function, in every file that defines one of this name."""
+    name = re.compile(rf"^def {test.partition('[')[0]}\(", re.MULTILINE)
+    files = sorted(file for file in (root / "tests").rglob("test_*.py") if name.search(file.read_text("utf-8")))
+    return [f"{file.relative_to(root)}::{test}" for file in files]
+
+
+# The tests, in processes that begin with PyTorch imported
+
+
+def pytest_there(folder: Path, arguments: list[str], planted: bool) -> None:
+    """Run pytest in the copy and exit with its status; what it prints goes to a file."""
+    with open(folder / "output.txt", "w") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ.update(PYTHONPATH=str(folder), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")  # Jupyter's plugins take two seconds
+    sys.dont_write_bytecode = planted
+    import pytest
+
+    status = pytest.main([*arguments, *OPTIONS, "--basetemp", str(folder / "tmp")])
+    used = Path(sys.modules["minicn"].__file__) if "minicn" in sys.modules else None
+    if used is not None and folder not in used.parents:
+        print(f"{used} was imported, not the copy")
+        status = 3
+    sys.stdout.flush()
+    sys.exit(int(status))
+
+
+def status_of(folder: Path, arguments: list[str], planted: bool = True) -> int | None:
+    """Return pytest's exit status: 0 passed, 1 failed, else it could not run; None if it took too long."""
+    kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=pytest_there, args=(folder, arguments, planted))
+    process.start()
+    process.join(SECONDS if planted else None)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def outcome(mutant: Mutant, folder: Path) -> tuple[str, str]:
+    """Return caught, survived or broken, and why it is broken."""
+    why = fault(mutant, folder)
+    if why:
+        return "broken", why
+    with planted(mutant, folder):
+        status = status_of(folder, ["-x", *nodes(mutant.test, folder)])
+    if status is None:
+        return "broken", f"the test took longer than {SECONDS} s"
+    if status in (0, 1):
+        return ("survived", "") if status == 0 else ("caught", "")
+    lines = (folder / "output.txt").read_text("utf-8", "replace").strip().splitlines()
+    return "broken", f"the test could not run: {' / '.join(lines[-4:])}"
+
+
+def chosen(args: argparse.Namespace) -> list[Mutant]:
+    """Return the mutants that the arguments ask for."""
+    if args.dozen:
+        return [m for m in MUTANTS if m.words in DOZEN]
+    return [m for m in MUTANTS if re.search(args.only, str(m))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="PATTERN", help="those whose file, words or test match it")
+    parser.add_argument("--dozen", action="store_true", help="a fixed dozen")
+    parser.add_argument("--list", action="store_true", help="name them, run nothing")
+    args = parser.parse_args(argv)
+    mutants, start = chosen(args), time.time()
+    if not mutants:
+        parser.error(f"no mutant matches {args.only!r}: --list names them")
+    if args.list:
+        print("\n".join(map(str, mutants)))
+        return 0
+    counts = {"caught": 0, "survived": 0, "broken": 0}
+    for mutant in MUTANTS:
+        why = "" if mutant in mutants else fault(mutant)
+        if why:
+            counts["broken"] += 1
+            print(f"broken    {mutant}: {why}")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        copy_of_the_package(folder)
+        tests = sorted({node for mutant in mutants for node in nodes(mutant.test)})
+        print(f"{len(tests)} tests without a planted bug ...", flush=True)
+        if tests and status_of(folder, tests, planted=False) != 0:
+            print((folder / "output.txt").read_text("utf-8", "replace"))
+            print("These tests must pass before anything is planted.")
+            return 1
+        for mutant in (bar := tqdm(mutants, unit="mutant")):
+            bar.set_postfix_str(mutant.words[:40])
+            result, why = outcome(mutant, folder)
+            counts[result] += 1
+            if result != "caught":
+                bar.write(f"{result:9} {mutant}{': ' if why else ''}{why}")
+    minutes = (time.time() - start) / 60
+    print(f"{', '.join(f'{count} {result}' for result, count in counts.items())}; {minutes:.1f} minutes")
+    return 0 if counts["caught"] == sum(counts.values()) else 1
+
+
+# The bugs: file, then (what is wrong, old text, new text, the test that must fail)
+
+BUGS = {
+    "minicn/unet.py": [
+        (
+            "zero layers start as small random values",
+            "        nn.init.zeros_(p)",
+            "        nn.init.normal_(p, std=1e-3)",
+            "test_eq5_a_fresh_zero_convolution_gives_zero",
+        ),
+        (
+            "zero layers keep a random bias",
+            "    for p in module.parameters():\n        nn.init.zeros_(p)",
+            "    nn.init.zeros_(module.weight)",
+            "test_eq4_fresh_controlnet_changes_nothing",
+        ),
+        (
+            "wavelengths are a thousandth off",
+            "math.log(10000)",
+            "math.log(10010)",
+            "test_timestep_embedding_is_cosines_then_sines",
+        ),
+        (
+            "sines come before cosines",
+            "torch.cat([angles.cos(), angles.sin()], dim=-1)",
+            "torch.cat([angles.sin(), angles.cos()], dim=-1)",
+            "test_timestep_embedding_is_cosines_then_sines",
+        ),
+        (
+            "the mean is not taken off before a norm in channels-last",
+            'if x.device.type == "cpu" and not x.is_contiguous():',
+            'if x.device.type == "none":',
+            "test_group_norm_keeps_its_digits_in_channels_last",
+        ),
+        (
+            "the matrix product swaps rows and columns",
+            ".permute(0, 1, 2, 4, 5, 3).flatten(3)",
+            ".permute(0, 1, 2, 5, 4, 3).flatten(3)",
+            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
+        ),
+        (
+            "going back the matrix product swaps rows and columns",
+            "+= parts[:, :, :, i, j]",
+            "+= parts[:, :, :, j, i]",
+            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
+        ),
+        (
+            "the gradient of the matrix is transposed",
+            ".view(-1, 3, 3, c).permute(0, 3, 1, 2)",
+            ".view(-1, 3, 3, c).permute(0, 3, 2, 1)",
+            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
+        ),
+        (
+            "a resnet block has no shortcut",
+            "return self.skip_connection(x) + h",
+            "return h",
+            "test_a_resnet_block_is_two_convolutions_with_the_time_in_between",
+        ),
+        (
+            "a resnet block does not know the time",
+            "self.out_layers(h + shift[:, :, None, None])",
+            "self.out_layers(h)",
+            "test_every_residual_depends_on_every_input",
+        ),
+        (
+            "time is multiplied, not added",
+            "self.out_layers(h + shift[:, :, None, None])",
+            "self.out_layers(h * shift[:, :, None, None])",
+            "test_a_resnet_block_is_two_convolutions_with_the_time_in_between",
+        ),
+        (
+            "queries have a bias",
+            "self.to_q = nn.Linear(dim, dim, bias=False)",
+            "self.to_q = nn.Linear(dim, dim)",
+            "test_full_size_models_have_the_published_number_of_parameters",
+        ),
+        (
+            "every heads-th channel forms a head",
+            "x.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
+            "x.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)",
+            "test_attention_of_the_unet_is_the_softmax_of_its_scores",
+        ),
+        (
+            "values made once for all steps are the keys",
+            "self[module.attn2] = module.attn2.keys_and_values(context)",
+            "self[module.attn2] = module.attn2.keys_and_values(context)[:1] * 2",
+            "test_text_keys_stand_in_for_the_context",
+        ),
+        (
+            "GEGLU's halves are swapped",
+            "value, gate = self.proj(x)",
+            "gate, value = self.proj(x)",
+            "test_the_feed_forward_is_gated_by_the_exact_gelu",
+        ),
+        (
+            "GELU is approximated by tanh",
+            "F.gelu(gate)",
+            'F.gelu(gate, approximate="tanh")',
+            "test_the_feed_forward_is_gated_by_the_exact_gelu",
+        ),
+        (
+            "attention to the text has no residual",
+            "x = x + self.attn2(self.norm2(x), context)",
+            "x = self.attn2(self.norm2(x), context)",
+            "test_a_transformer_block_is_three_residuals",
+        ),
+        (
+            "the feed-forward takes the second norm",
+            "self.ff(self.norm3(x))",
+            "self.ff(self.norm2(x))",
+            "test_a_transformer_block_is_three_residuals",
+        ),
+        (
+            "the transformer's norm has eps 1e-5",
+            "eps=1e-6)",
+            "eps=1e-5)",
+            "test_a_spatial_transformer_is_a_residual_over_all_positions",
+        ),
+        (
+            "the transformer has no residual",
+            "return repeat(x, len(h)) + self.proj_out(h)",
+            "return self.proj_out(h)",
+            "test_a_spatial_transformer_is_a_residual_over_all_positions",
+        ),
+        (
+            "halves of guidance are interleaved",
+            "x.repeat(count // len(x), *[1] * (x.ndim - 1))",
+            "x.repeat_interleave(count // len(x), 0)",
+            "test_both_halves_of_guidance_share_what_comes_before_the_text",
+        ),
+        (
+            "downsampling takes the odd pixels",
+            "return self.op(x)",
+            "return self.op(x.roll(-1, 3))",
+            "test_upsampling_repeats_pixels_and_downsampling_takes_every_second",
+        ),
+        (
+            "upsampling always doubles (as ldm does)",
+            'F.interpolate(x, size=size, mode="nearest")',
+            'F.interpolate(x, scale_factor=2.0, mode="nearest")',
+            "test_latents_of_any_size",
+        ),
+        (
+            "upsampling is bilinear",
+            'F.interpolate(x, size=size, mode="nearest")',
+            'F.interpolate(x, size=size, mode="bilinear")',
+            "test_upsampling_repeats_pixels_and_downsampling_takes_every_second",
+        ),
+        (
+            "gradient checkpointing is ignored",
+            "if checkpointing and torch.is_grad_enabled():",
+            "if not checkpointing and not torch.is_grad_enabled():",
+            "test_gradient_checkpointing_changes_nothing_but_memory",
+        ),
+        (
+            "the last level has attention, too",
+            "            if level < len(widths) - 1:\n                layers.append",
+            "            if level < len(widths):\n                layers.append",
+            "test_full_size_models_have_the_published_names_and_shapes",
+        ),
+        (
+            "a decoder block takes its skip first",
+            "torch.cat([h, repeat(skips.pop(), len(h))], dim=1)",
+            "torch.cat([repeat(skips.pop(), len(h)), h], dim=1)",
+            "test_a_decoder_block_takes_what_came_and_then_its_skip",
+        ),
+        (
+            "residuals 1 and 2 are swapped",
+            "zip(skips, control[:-1], strict=True)",
+            "zip(skips, [control[0], control[2], control[1], *control[3:-1]], strict=True)",
+            "test_control_i_enters_at_its_own_block",
+        ),
+        (
+            "the middle residual is dropped",
+            "            h = add(h, control[-1])\n",
+            "",
+            "test_control_i_enters_at_its_own_block",
+        ),
+        (
+            "residuals multiply",
+            "return repeat(feature, count) + repeat(residual, count)",
+            "return repeat(feature, count) * repeat(residual, count)",
+            "test_control_is_added_linearly_to_the_features",
+        ),
+        (
+            "a constant is added with the control",
+            "return repeat(feature, count) + repeat(residual, count)",
+            "return repeat(feature, count) + repeat(residual, count) + 1e-3",
+            "test_scale_zero_is_no_control",
+        ),
+        (
+            "the caller's list is emptied (as the official code does)",
+            "h = add(h, control[-1])",
+            "h = add(h, control.pop())",
+            "test_control_is_not_changed_by_the_call",
+        ),
+        (
+            "residuals are changed in place",
+            "return repeat(feature, count) + repeat(residual, count)",
+            "return repeat(residual, count).add_(repeat(feature, count))",
+            "test_control_is_not_changed_by_the_call",
+        ),
+        (
+            "the size of residuals is not checked",
+            "fits = residual.shape[2:] in (feature.shape[2:], (1, 1))",
+            "fits = True",
+            "test_control_that_does_not_fit_is_refused_in_words",
+        ),
+        (
+            "the number of residuals is not checked",
+            "if len(control) != len(features):",
+            "if len(control) < 0:",
+            "test_control_that_does_not_fit_is_refused_in_words",
+        ),
+        (
+            "timesteps are not checked",
+            "if timesteps.shape != x.shape[:1]:",
+            "if timesteps.ndim > 9:",
+            "test_inputs_that_do_not_fit_are_refused_in_words",
+        ),
+        (
+            "16 groups by default",
+            "norm_num_groups: int = 32",
+            "norm_num_groups: int = 16",
+            "test_default_sizes_that_no_weight_shows",
+        ),
+    ],
+    "minicn/controlnet.py": [
+        (
+            "zero_conv is 3x3 by default",
+            "c_out: int | None = None, kernel_size: int = 1)",
+            "c_out: int | None = None, kernel_size: int = 3)",
+            "test_eq5_is_the_bias_plus_the_weighted_sum_of_the_channels",
+        ),
+        (
+            "zero_linear has no bias",
+            "zero_module(nn.Linear(dim_in, dim_out or dim_in))",
+            "zero_module(nn.Linear(dim_in, dim_out or dim_in, bias=False))",
+            "test_eq5_is_the_bias_plus_the_weighted_sum_of_the_channels",
+        ),
+        (
+            "the 3x3 zero convolution is not padded",
+            "padding=kernel_size // 2",
+            "padding=0",
+            "test_eq6_holds_for_the_3x3_zero_convolution",
+        ),
+        (
+            "the condition is dropped",
+            "self.copy(x + self.zero_in(c), *args)",
+            "self.copy(x, *args)",
+            "test_eq2_is_the_block_plus_its_copy_between_zero_convolutions",
+        ),
+        (
+            "Z(x + c) instead of x + Z(c)",
+            "self.copy(x + self.zero_in(c), *args)",
+            "self.copy(self.zero_in(x + c), *args)",
+            "test_eq3_fresh_copy_sees_the_same_input_and_its_output_is_blocked",
+        ),
+        (
+            "y_c is y times 1.0001",
+            "return y + self.zero_out(",
+            "return 1.0001 * y + self.zero_out(",
+            "test_eq4_fresh_controlled_block_changes_nothing",
+        ),
+        (
+            "train() also sets the locked block to training",
+            "self.locked.eval()  # a locked",
+            "pass  # a locked",
+            "test_the_locked_batch_norm_does_not_count",
+        ),
+        (
+            "the copy is the block itself",
+            "copy.deepcopy(block).requires_grad_(True)",
+            "block.requires_grad_(True)",
+            "test_the_copy_shares_no_memory_with_the_locked_block",
+        ),
+        (
+            "the locked block takes gradients",
+            "block.requires_grad_(False).eval()",
+            "block.eval()",
+            "test_the_locked_block_never_changes",
+        ),
+        (
+            "no gradient behind the outer zero convolution",
+            "self.copy(x + self.zero_in(c), *args))",
+            "self.copy(x + self.zero_in(c), *args).detach())",
+            "test_eq7_and_eq8_one_step_opens_the_way_to_the_copy",
+        ),
+        (
+            "from_unet forgets the middle block",
+            '("time_embed", "input_blocks", "middle_block"):\n            #',
+            '("time_embed", "input_blocks"):\n            #',
+            "test_eq3_fresh_controlnet_computes_the_unets_own_features",
+        ),
+        (
+            "ControlNet ignores the hint",
+            "self.input_blocks[0](x, emb, context) + hint_features",
+            "self.input_blocks[0](x, emb, context)",
+            "test_eq5_control_is_the_zero_convolutions_of_the_features",
+        ),
+        (
+            "the hint comes in before the zero convolution of block 0 alone",
+            "self.zero_convs[0](h)]",
+            "self.zero_convs[0](h)]\n        h = h - hint_features",
+            "test_eq5_control_is_the_zero_convolutions_of_the_features",
+        ),
+        (
+            "no gradient behind the 11 zero convolutions",
+            "None if self.only_middle else zero(h))",
+            "None if self.only_middle else zero(h.detach()))",
+            "test_eq7_and_eq8_one_step_opens_all_thirteen_connections",
+        ),
+        (
+            "no gradient reaches the middle residual",
+            "control.append(self.middle_block_out(h))",
+            "control.append(self.middle_block_out(h.detach()))",
+            "test_eq7_and_eq8_one_step_opens_all_thirteen_connections",
+        ),
+        (
+            "ControlNet shares the U-Net's memory",
+            "copy.deepcopy(getattr(unet, part)).requires_grad_(True)",
+            "getattr(unet, part).requires_grad_(True)",
+            "test_training_changes_the_controlnet_alone",
+        ),
+        (
+            "the copy is always float32",
+            "return net.to(like.device, like.dtype)",
+            "return net.to(like.device, torch.float32)",
+            "test_from_unet_takes_the_unets_dtype",
+        ),
+        (
+            "the hint encoder's last convolution is not zero",
+            "zero_conv(channels[-1], c_out, kernel_size=3))",
+            "nn.Conv2d(channels[-1], c_out, 3, padding=1))",
+            "test_gradient_wakes_the_controlnet_from_the_outside_in",
+        ),
+        (
+            "two zero convolutions in a row",
+            "nn.Sequential(zero_conv(c)) for c in skips",
+            "nn.Sequential(zero_conv(c), zero_conv(c)) for c in skips",
+            "test_gradient_wakes_the_controlnet_from_the_outside_in",
+        ),
+        (
+            "all samples get the first hint",
+            "self.input_hint_block(hint.flip(1) if self.cfg.bgr else hint)",
+            "self.input_hint_block(hint[:1].flip(1) if self.cfg.bgr else hint[:1])",
+            "test_samples_of_a_batch_do_not_meet",
+        ),
+        (
+            "forward doubles the hint's features",
+            "self.residuals(x, self.hint_features(hint), timesteps, context)",
+            "self.residuals(x, 2 * self.hint_features(hint), timesteps, context)",
+            "test_residuals_from_the_hints_features_are_those_of_forward",
+        ),
+        (
+            "the copy's encoder gets no text",
+            "h = run(block, self.gradient_checkpointing, h, emb, context)",
+            "h = run(block, self.gradient_checkpointing, h, emb, 0 * context)",
+            "test_every_residual_depends_on_every_input",
+        ),
+        (
+            "the paper's hint encoder has 3x3 kernels",
+            "nn.Conv2d(width, c, 4, stride=2, padding=1)",
+            "nn.Conv2d(width, c, 3, stride=2, padding=1)",
+            "test_hint_encoder_of_the_paper_has_4x4_convolutions_of_stride_2",
+        ),
+        (
+            "ReLU after the hint encoder's strides",
+            "wider, 3, stride=2, padding=1), nn.SiLU()]",
+            "wider, 3, stride=2, padding=1), nn.ReLU()]",
+            "test_hint_encoder_has_the_released_layout",
+        ),
+        (
+            "the hint encoder does not shrink",
+            "nn.Conv2d(c, wider, 3, stride=2, padding=1)",
+            "nn.Conv2d(c, wider, 3, stride=1, padding=1)",
+            "test_hint_encoder_divides_the_size_by_eight",
+        ),
+        (
+            "the hint encoder keeps PyTorch's first weights",
+            "nn.init.kaiming_normal_(convolution.weight)",
+            "pass",
+            "test_a_hint_arrives_at_the_end_of_the_hint_encoder",
+        ),
+        (
+            "from_unet ignores paper_hint_encoder",
+            "ControlNetConfig(unet.cfg, hint_channels, paper_hint_encoder)",
+            "ControlNetConfig(unet.cfg, hint_channels)",
+            "test_eq4_holds_with_the_hint_encoder_of_the_paper",
+        ),
+        (
+            "a hint of 57 pixels passes for 64",
+            "if hint.shape[-2:] != (height, width):",
+            "if (-(-hint.shape[-2] // 8), -(-hint.shape[-1] // 8)) != tuple(latents.shape[-2:]):",
+            "test_hints_that_do_not_fit_are_refused_in_words",
+        ),
+        (
+            "other default widths of the hint encoder",
+            "hint_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths",
+            "hint_channels: tuple[int, ...] = (16, 32, 64, 256)  # widths",
+            "test_config_defaults_are_the_published_ones",
+        ),
+        (
+            "the twelve others stay connected",
+            "None if self.only_middle else zero(h))",
+            "zero(h))",
+            "test_middle_alone_is_the_middle_residual_of_all",
+        ),
+        (
+            "shuffle is not averaged",
+            "c.mean((2, 3), keepdim=True)",
+            "c",
+            "test_shuffle_and_bgr_are_read_from_name_and_configuration",
+        ),
+        (
+            "bgr is ignored",
+            "hint.flip(1) if self.cfg.bgr else hint",
+            "hint",
+            "test_shuffle_and_bgr_are_read_from_name_and_configuration",
+        ),
+        (
+            "the difference is not added to the U-Net",
+            "whole + state[name].float().view(whole.shape)",
+            "state[name].float().view(whole.shape)",
+            "test_difference_files_are_added_to_the_unet",
+        ),
+        (
+            "what a difference file leaves out becomes zero",
+            "if name in state else whole",
+            "if name in state else 0 * whole",
+            "test_difference_files_are_added_to_the_unet",
+        ),
+    ],
+    "minicn/vae.py": [
+        (
+            "the autoencoder norms with 1e-5",
+            "eps=1e-6)",
+            "eps=1e-5)",
+            "test_a_resnet_block_of_the_autoencoder_is_two_convolutions",
+        ),
+        (
+            "3x3 shortcuts in the autoencoder",
+            "self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)",
+            "self.nin_shortcut = nn.Conv2d(c_in, c_out, 3, padding=1)",
+            "test_full_size_models_have_the_published_number_of_parameters",
+        ),
+        (
+            "the second activation is left out",
+            "self.conv2(F.silu(self.norm2(h)))",
+            "self.conv2(self.norm2(h))",
+            "test_a_resnet_block_of_the_autoencoder_is_two_convolutions",
+        ),
+        (
+            "the autoencoder's attention has no residual",
+            "return x + self.proj_out(h.reshape(x.shape))",
+            "return self.proj_out(h.reshape(x.shape))",
+            "test_attention_of_the_autoencoder_is_one_head_over_all_positions",
+        ),
+        (
+            "the autoencoder's attention transposes the map",
+            "[:, 0].transpose(1, 2)  # (B, C, H*W)",
+            "[:, 0]  # (B, C, H*W)",
+            "test_attention_of_the_autoencoder_is_one_head_over_all_positions",
+        ),
+        (
+            "the autoencoder pads left and above",
+            "F.pad(x, (0, 1, 0, 1))",
+            "F.pad(x, (1, 0, 1, 0))",
+            "test_the_autoencoder_pads_right_and_below",
+        ),
+        (
+            "the autoencoder enlarges bilinearly",
+            'F.interpolate(x, scale_factor=2.0, mode="nearest")',
+            'F.interpolate(x, scale_factor=2.0, mode="bilinear")',
+            "test_the_autoencoder_enlarges_by_repeating_pixels",
+        ),
+        (
+            "decoder levels are stored in the order they run",
+            "self.up = nn.ModuleList(reversed(levels))",
+            "self.up = nn.ModuleList(levels)",
+            "test_full_size_models_have_the_published_names_and_shapes",
+        ),
+        (
+            "the decoder leaves out its finest level",
+            "for level in reversed(self.up):",
+            "for level in reversed(self.up[1:]):",
+            "test_the_decoder_is_blocks_and_a_last_norm",
+        ),
+        (
+            "the encoder skips its attention",
+            "level.downsample(h)\n        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))",
+            "level.downsample(h)\n        h = self.mid.block_2(self.mid.block_1(h))",
+            "test_the_encoder_is_blocks_and_a_last_norm",
+        ),
+        (
+            "std is the variance",
+            "(0.5 * logvar.clamp(-30.0, 20.0)).exp()",
+            "logvar.clamp(-30.0, 20.0).exp()",
+            "test_encode_gives_mean_and_standard_deviation",
+        ),
+        (
+            "the log-variance is not held",
+            "logvar.clamp(-30.0, 20.0)",
+            "logvar",
+            "test_encode_gives_mean_and_standard_deviation",
+        ),
+        (
+            "the moments come in the other order",
+            "mean, logvar = self.quant_conv",
+            "logvar, mean = self.quant_conv",
+            "test_encode_gives_mean_and_standard_deviation",
+        ),
+        (
+            "quant_conv is left out",
+            "self.quant_conv(self.encoder(images)).chunk",
+            "self.encoder(images).chunk",
+            "test_encode_gives_mean_and_standard_deviation",
+        ),
+        (
+            "post_quant_conv is left out",
+            "self.decoder(self.post_quant_conv(latents))",
+            "self.decoder(latents)",
+            "test_the_decoder_is_blocks_and_a_last_norm",
+        ),
+        (
+            "the scale is that of SDXL",
+            "scaling_factor: float = 0.18215",
+            "scaling_factor: float = 0.13025",
+            "test_default_sizes_that_no_weight_shows",
+        ),
+    ],
+    "minicn/clip.py": [
+        (
+            "11 text layers",
+            "num_layers: int = 12",
+            "num_layers: int = 11",
+            "test_full_size_models_have_the_published_number_of_parameters",
+        ),
+        (
+            "8 heads in the text transformer",
+            "num_heads: int = 12",
+            "num_heads: int = 8",
+            "test_default_sizes_that_no_weight_shows",
+        ),
+        (
+            "CLIP has the exact GELU",
+            "h * torch.sigmoid(1.702 * h)",
+            "F.gelu(h)",
+            "test_the_text_transformer_is_its_formula",
+        ),
+        (
+            "quick GELU is rounded",
+            "torch.sigmoid(1.702 * h)",
+            "torch.sigmoid(1.7 * h)",
+            "test_the_text_transformer_is_its_formula",
+        ),
+        (
+            "words see those after them",
+            "is_causal=True",
+            "is_causal=False",
+            "test_a_word_does_not_change_the_features_before_it",
+        ),
+        (
+            "positions are left out",
+            " + self.position_embedding.weight[: tokens.shape[1]]",
+            "",
+            "test_the_text_transformer_is_its_formula",
+        ),
+        (
+            "no last LayerNorm",
+            "return self.final_layer_norm(h)",
+            "return h",
+            "test_the_text_transformer_is_its_formula",
+        ),
+        (
+            "the text transformer's MLP has no residual",
+            "return x + self.mlp(self.layer_norm2(x))",
+            "return self.mlp(self.layer_norm2(x))",
+            "test_the_text_transformer_is_its_formula",
+        ),
+        (
+            "tokens of any type pass",
+            " or tokens.dtype != torch.int64:",
+            ":",
+            "test_tokens_that_do_not_fit_are_refused",
+        ),
+    ],
+    "minicn/tokenizer.py": [
+        (
+            "the table of letters leaves out ~",
+            'ord("~") + 1',
+            'ord("~")',
+            "test_byte_letters_is_the_table_of_gpt2",
+        ),
+        (
+            "byte AD counts as printable",
+            'range(ord("®")',
+            "range(0xAD",
+            "test_byte_letters_is_the_table_of_gpt2",
+        ),
+        (
+            "ends of words before bytes",
+            '[*letters, *(letter + "</w>" for letter in letters), *',
+            '[*(letter + "</w>" for letter in letters), *letters, *',
+            "test_vocabulary_is_bytes_then_ends_then_merges_then_specials",
+        ),
+        (
+            "words have no end",
+            'parts = [*letters[:-1], letters[-1] + "</w>"]',
+            "parts = [*letters]",
+            "test_merges_are_applied_earliest_learned_first",
+        ),
+        (
+            "the first known pair is merged, not the earliest learned",
+            "key=lambda pair: self._rank.get(pair, len(self._rank)))",
+            "key=lambda pair: pair not in self._rank)",
+            "test_rank_decides_and_not_the_place_in_the_word",
+        ),
+        (
+            "entities are resolved once",
+            "html.unescape(html.unescape(ftfy.fix_text(text)))",
+            "html.unescape(ftfy.fix_text(text))",
+            "test_words_of_a_prompt",
+        ),
+        (
+            "digits stay together",
+            r"[\p{N}]|[^",
+            r"[\p{N}]+|[^",
+            "test_words_of_a_prompt",
+        ),
+        (
+            "no lower case",
+            ".strip().lower()",
+            ".strip()",
+            "test_words_of_a_prompt",
+        ),
+        (
+            "letters as latin-1",
+            'word.encode("utf-8"))',
+            'word.encode("latin-1", "replace"))',
+            "test_letters_beyond_ascii_are_their_utf8_bytes",
+        ),
+        (
+            "decode joins words",
+            '.replace("</w>", " ")',
+            '.replace("</w>", "")',
+            "test_any_script_survives_encode_and_decode",
+        ),
+        (
+            "specials are split like words",
+            "for part in SPECIAL.split(clean(text)):",
+            "for part in [clean(text)]:",
+            "test_special_tokens_written_in_a_prompt_are_one_token",
+        ),
+        (
+            "padding with 0 (as SD 2)",
+            "ids + [self.end] * (self.max_length - len(ids))",
+            "ids + [0] * (self.max_length - len(ids))",
+            "test_prompts_become_rows_of_77",
+        ),
+        (
+            "the end is cut off",
+            "[self.start, *self.encode(prompt)[: self.max_length - 2], self.end]",
+            "[self.start, *self.encode(prompt), self.end][: self.max_length]",
+            "test_long_prompts_are_cut_and_keep_the_end",
+        ),
+        (
+            "the version line is read as a merge",
+            "text.splitlines()[1:]",
+            "text.splitlines()",
+            "test_the_gz_of_openai_is_a_version_line_and_merges",
+        ),
+        (
+            "all lines of the gz count",
+            "[: 49408 - 512 - 2]",
+            "",
+            "test_the_gz_goes_on_beyond_what_clip_uses",
+        ),
+        (
+            "a file cut off is a bare EOFError",
+            "(OSError, EOFError, ",
+            "(OSError, ",
+            "test_a_file_that_is_no_gz_is_refused",
+        ),
+        (
+            "lines of merges are not checked",
+            "if any(len(pair) != 2 for pair in merges):",
+            "if any(len(pair) > 99 for pair in merges):",
+            "test_lines_that_are_no_pairs_are_refused",
+        ),
+        (
+            "the vocabulary is not checked",
+            "if not isinstance(vocab, dict) or START not in vocab or END not in vocab:",
+            "if vocab is None:",
+            "test_a_vocabulary_of_something_else_is_refused",
+        ),
+        (
+            "prompts are not checked",
+            "if isinstance(prompts, str) or not all(",
+            "if prompts is None or not all(",
+            "test_what_is_no_list_of_texts_is_refused",
+        ),
+        (
+            "two lost tokens are not named",
+            "self.encode(prompt)[self.max_length - 2 :]",
+            "self.encode(prompt)[self.max_length :]",
+            "test_words_that_are_lost_are_named",
+        ),
+    ],
+    "minicn/ddim.py": [
+        (
+            "beta ends at 0.0121",
+            "0.012**0.5, NUM",
+            "0.0121**0.5, NUM",
+            "test_alphas_cumprod_is_the_product_of_one_minus_beta",
+        ),
+        (
+            "beta grows linearly",
+            "torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** 2",
+            "torch.linspace(0.00085, 0.012, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)",
+            "test_alphas_cumprod_of_stable_diffusion",
+        ),
+        (
+            "1000 steps begin at 1000",
+            "last = 1 if num_steps < NUM_TRAIN_TIMESTEPS else 0",
+            "last = 1",
+            "test_timesteps_of_every_number_of_steps",
+        ),
+        (
+            "ldm's list: 31 steps for 30",
+            "for i in reversed(range(num_steps))]",
+            "for i in reversed(range(-(-NUM_TRAIN_TIMESTEPS // (NUM_TRAIN_TIMESTEPS // num_steps))))]",
+            "test_timesteps_of_twenty_and_of_thirty",
+        ),
+        (
+            "0 steps are taken",
+            "if not 1 <= num_steps",
+            "if not 0 <= num_steps",
+            "test_timesteps_out_of_range_are_refused",
+        ),
+        (
+            "no roots in the forward process",
+            "return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps",
+            "return abar_t * x_0 + (1 - abar_t) * eps",
+            "test_forward_process_eq4_of_ddpm",
+        ),
+        (
+            "a sample's abar is spread along the wrong axis",
+            "abar_t.reshape(-1, *[1] * (x_0.ndim - 1))",
+            "abar_t.reshape(-1, 1)",
+            "test_forward_process_takes_one_step_a_sample",
+        ),
+        (
+            "guidance starts from the conditional prediction",
+            "return eps_uncond + guidance_scale",
+            "return eps_cond + guidance_scale",
+            "test_guidance_of_zero_is_unconditional_and_of_one_conditional",
+        ),
+        (
+            "wrong sign in guidance",
+            "(eps_cond - eps_uncond)",
+            "(eps_uncond - eps_cond)",
+            "test_guidance_of_zero_is_unconditional_and_of_one_conditional",
+        ),
+        (
+            "x_0 divided by abar, not its root",
+            "* eps) / abar_t.sqrt()",
+            "* eps) / abar_t",
+            "test_a_step_with_the_true_noise_lands_on_the_forward_process",
+        ),
+        (
+            "the step stays where it is",
+            "return abar_s.sqrt() * x_0 + (1 - abar_s).sqrt() * eps",
+            "return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps",
+            "test_a_step_with_the_true_noise_lands_on_the_forward_process",
+        ),
+        (
+            "eps keeps its old share",
+            "x_0 + (1 - abar_s).sqrt() * eps",
+            "x_0 + (1 - abar_t).sqrt() * eps",
+            "test_a_step_to_no_noise_returns_the_clean_latents",
+        ),
+        (
+            "sigma without abar_s in the last factor",
+            "(1 - abar_t / abar_s)",
+            "(1 - abar_t)",
+            "test_eta_1_is_the_posterior_of_ddpm",
+        ),
+        (
+            "eps is not reduced by sigma",
+            "(1 - abar_s - sigma**2)",
+            "(1 - abar_s)",
+            "test_the_variance_is_preserved",
+        ),
+        (
+            "sigma grows with the square of eta",
+            "sigma = eta * (",
+            "sigma = eta**2 * (",
+            "test_sigma_grows_linearly_with_eta",
+        ),
+    ],
+    "minicn/pipeline.py": [
+        (
+            "the seed is ignored",
+            ".manual_seed(seed)",
+            ".manual_seed(0)",
+            "test_a_seed_is_a_picture",
+        ),
+        (
+            "another seed",
+            ".manual_seed(seed)",
+            ".manual_seed(seed + 1)",
+            "test_the_first_noise_is_that_of_the_cpu_generator",
+        ),
+        (
+            "the halves of guidance come in the other order",
+            "[negative_prompt] * n + prompts if guided",
+            "prompts + [negative_prompt] * n if guided",
+            "test_generate_is_guidance_and_ddim_by_hand",
+        ),
+        (
+            "the next step is one too far",
+            "abar[max(steps[i] - 1000 // num_steps, 0)]",
+            "abar[max(steps[i] - 2 * (1000 // num_steps), 0)]",
+            "test_generate_is_guidance_and_ddim_by_hand",
+        ),
+        (
+            "conditioning_scale is ignored",
+            "self.scales = [scale] * 13",
+            "self.scales = [1.0] * 13",
+            "test_scale_zero_is_no_control_and_another_scale_another_picture",
+        ),
+        (
+            "control runs a step too long",
+            "(i + 1) / num_steps <= control_end",
+            "i / num_steps <= control_end",
+            "test_control_runs_only_in_its_window",
+        ),
+        (
+            "guidance 1 is computed all the same",
+            "guidance_scale != 1",
+            "True",
+            "test_guidance_one_runs_the_model_once_a_step",
+        ),
+        (
+            "eta is ignored",
+            "abar_t, abar_s, eta, torch.randn",
+            "abar_t, abar_s, 0, torch.randn",
+            "test_eta_adds_noise_that_the_seed_fixes",
+        ),
+        (
+            "the ranges of settings are not checked",
+            "    if not (low <= value <= high and math.isfinite(value)):",
+            "    if value is None:",
+            "test_settings_out_of_range_are_named",
+        ),
+        (
+            "a hint without a ControlNet passes",
+            "if bool(nets) != bool(hints):",
+            "if nets and not hints:",
+            "test_settings_out_of_range_are_named",
+        ),
+        (
+            "the hint's size is not checked",
+            "            check_hint(one, noise)\n",
+            "",
+            "test_a_hint_of_another_size_or_range_is_refused",
+        ),
+        (
+            "the second ControlNet is dropped",
+            "total([c.residuals(batch, t, i) for c in controls])",
+            "total([c.residuals(batch, t, i) for c in controls[:1]])",
+            "test_two_controlnets_add_their_residuals",
+        ),
+        (
+            "guess mode turned round",
+            "ratio ** (12 - i) for i in range(13)",
+            "ratio**i for i in range(13)",
+            "test_guess_mode_controls_the_conditional_half_with_falling_scales[diffusers-0.8254041852680184]",
+        ),
+        (
+            "guess mode controls both halves",
+            "[torch.zeros_like(c), c]",
+            "[c, c]",
+            "test_guess_mode_controls_the_conditional_half_with_falling_scales[diffusers-0.8254041852680184]",
+        ),
+        (
+            "guess mode without guidance halves the batch",
+            "self.half = guided and (bool(guess_mode) or net.cfg.global_pool)",
+            "self.half = bool(guess_mode) or net.cfg.global_pool",
+            "test_guess_mode_without_guidance_scales_all",
+        ),
+        (
+            "denoise is ignored",
+            "begin = num_steps - max(1, round(num_steps * denoise))",
+            "begin = 0",
+            "test_an_image_is_kept_the_more_the_less_is_denoised",
+        ),
+        (
+            "the mask is not put back",
+            "return pictures if mask is None else",
+            "return pictures if True else",
+            "test_outside_the_mask_pixels_come_back_unchanged",
+        ),
+        (
+            "vae_dtype is ignored",
+            'precision = vae_dtype or dtype if kind == "vae" else dtype',
+            "precision = dtype",
+            "test_precision_of_autoencoder_and_networks",
+        ),
+        (
+            "NaN goes on",
+            "if not torch.isfinite(x).all():",
+            "if x is None:",
+            "test_nan_names_step_and_remedy",
+        ),
+        (
+            "only multiples of 16",
+            "        or height % 8\n",
+            "        or height % 16\n",
+            "test_any_multiple_of_eight_is_drawn",
+        ),
+        (
+            "pictures are cut off, not rounded (as ldm does)",
+            ".mul(255).round().byte()",
+            ".mul(255).byte()",
+            "test_pictures_become_latents_and_back_by_one_scale",
+        ),
+        (
+            "latents are not scaled back before they are decoded",
+            ".contiguous() / self.vae.cfg.scaling_factor)",
+            ".contiguous())",
+            "test_pictures_become_latents_and_back_by_one_scale",
+        ),
+        (
+            "pictures to encode lie in [0, 1]",
+            ".float() / 127.5 - 1)",
+            ".float() / 255)",
+            "test_pictures_become_latents_and_back_by_one_scale",
+        ),
+    ],
+    "minicn/training.py": [
+        (
+            "the loss regresses on the latents",
+            "(eps.float() - batch.noise).square()",
+            "(eps.float() - batch.latents).square()",
+            "test_eq10_the_loss_is_the_error_of_the_predicted_noise",
+        ),
+        (
+            "the loss is the absolute error",
+            "(eps.float() - batch.noise).square()",
+            "(eps.float() - batch.noise).abs()",
+            "test_eq10_the_loss_is_the_error_of_the_predicted_noise",
+        ),
+        (
+            "every sample has the batch's loss",
+            ".square().mean((1, 2, 3))",
+            ".square().mean().expand(len(eps))",
+            "test_eq10_each_sample_has_its_own_loss",
+        ),
+        (
+            "latents and noise are swapped in the forward process",
+            "ddim.add_noise(batch.latents, batch.noise, alphas",
+            "ddim.add_noise(batch.noise, batch.latents, alphas",
+            "test_eq10_both_models_see_the_same_noisy_latents_step_and_text",
+        ),
+        (
+            "all samples are noised as the first",
+            "alphas_cumprod[batch.timesteps])",
+            "alphas_cumprod[batch.timesteps[:1]])",
+            "test_eq10_both_models_see_the_same_noisy_latents_step_and_text",
+        ),
+        (
+            "the ControlNet sees the clean latents",
+            "net(x_t, batch.hints,",
+            "net(batch.latents, batch.hints,",
+            "test_eq10_both_models_see_the_same_noisy_latents_step_and_text",
+        ),
+        (
+            "the U-Net gets no control in training",
+            "unet(x_t, batch.timesteps, batch.context, control)",
+            "unet(x_t, batch.timesteps, batch.context, None)",
+            "test_eq10_both_models_see_the_same_noisy_latents_step_and_text",
+        ),
+        (
+            "the other prompts are dropped",
+            "torch.where(dropped, 0, self.prompt[samples])",
+            "torch.where(dropped, self.prompt[samples], 0)",
+            "test_half_of_the_prompts_are_dropped",
+        ),
+        (
+            "timesteps from the global stream",
+            "torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (size,), generator=random)",
+            "torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (size,))",
+            "test_a_batch_is_a_function_of_seed_and_step",
+        ),
+        (
+            "every step draws the same batch",
+            "seed * 1_000_003 + step",
+            "seed * 1_000_003",
+            "test_a_batch_is_a_function_of_seed_and_step",
+        ),
+        (
+            "noise depends on the part",
+            "noise[part].to(device)",
+            "noise[: len(samples)].to(device)",
+            "test_the_parts_of_a_batch_are_the_batch",
+        ),
+        (
+            "hints in [0, 2]",
+            ".float().div(255)",
+            ".float().div(127.5)",
+            "test_hints_of_a_folder_are_read_as_they_are",
+        ),
+        (
+            "the learning rate falls from the start",
+            "(steps - step + 1) / (decay * steps)",
+            "(steps - step + 1) / steps",
+            "test_the_learning_rate_falls_to_zero_over_the_last_share",
+        ),
+        (
+            "connect is ignored",
+            'net.only_middle = recipe.connect == "middle"',
+            "net.only_middle = False",
+            "test_middle_alone_leaves_the_twelve_others_untouched",
+        ),
+        (
+            "the locked U-Net learns",
+            'unet.requires_grad_(recipe.unlock == "all")',
+            "unet.requires_grad_(True)",
+            "test_unlocking_moves_what_it_says_and_nothing_else[none]",
+        ),
+        (
+            "decoder unlocks all",
+            'unet.requires_grad_(recipe.unlock == "all")',
+            'unet.requires_grad_(recipe.unlock != "none")',
+            "test_unlocking_moves_what_it_says_and_nothing_else[decoder]",
+        ),
+        (
+            "unlocked parts learn at the rate of the rest",
+            '"lr": recipe.unlock_lr}]',
+            '"lr": recipe.lr}]',
+            "test_unlocking_moves_what_it_says_and_nothing_else[decoder]",
+        ),
+        (
+            "parts are not weighed by their share",
+            "model(batch, abar).sum() / recipe.batch_size",
+            "model(batch, abar).mean()",
+            "test_accumulation_gives_the_same_weights",
+        ),
+        (
+            "every part of a step is the first",
+            "begin = (rank * recipe.accumulate + i) * share",
+            "begin = rank * recipe.accumulate * share",
+            "test_accumulation_gives_the_same_weights",
+        ),
+        (
+            "bfloat16 is float32",
+            'enabled=recipe.precision != "float32")',
+            "enabled=False)",
+            "test_autocast_keeps_the_weights_in_float32[bfloat16]",
+        ),
+        (
+            "a loss of NaN goes on",
+            "if not math.isfinite(value):",
+            "if value is None:",
+            "test_nan_stops_with_step_and_samples",
+        ),
+        (
+            "the optimiser starts anew",
+            '        optimizer.load_state_dict(state["optimizer"])\n',
+            "        pass\n",
+            "test_a_stop_within_an_accumulation_loses_nothing",
+        ),
+        (
+            "a checkpoint's weights are not loaded",
+            "            part.load_state_dict(state[name])\n",
+            "            pass\n",
+            "test_a_stop_within_an_accumulation_loses_nothing",
+        ),
+        (
+            "a stop is not heeded",
+            "value, stopping = error.item(), stop.asked",
+            "value, stopping = error.item(), False",
+            "test_a_stop_within_an_accumulation_loses_nothing",
+        ),
+        (
+            "gradients are never cleared",
+            "            optimizer.zero_grad()\n",
+            "",
+            "test_a_stop_within_an_accumulation_loses_nothing",
+        ),
+        (
+            "only every so many steps are looked at",
+            " or step in score_after or step == recipe.steps\n            saving",
+            "\n            saving",
+            "test_pictures_are_drawn_after_the_steps_asked_for",
+        ),
+        (
+            "gradient checkpointing is not passed on",
+            "net.gradient_checkpointing = sd.unet.gradient_checkpointing = recipe.gradient_checkpointing",
+            "net.gradient_checkpointing = False",
+            "test_gradient_checkpointing_changes_nothing_but_memory",
+        ),
+        (
+            "batches that cannot be shared pass",
+            "if recipe.batch_size % (world * recipe.accumulate):",
+            "if recipe.batch_size < 0:",
+            "test_a_batch_that_cannot_be_shared_is_refused",
+        ),
+        (
+            "what was encoded is encoded again",
+            "if keep is not None and keep.is_file():",
+            "if keep is not None and keep.is_dir():",
+            "test_what_was_encoded_is_not_encoded_again",
+        ),
+    ],
+    "minicn/recording.py": [
+        (
+            "sensitivity compares a hint with itself",
+            "others = hints.roll(1, 0) if n > 1 else torch.zeros_like(hints)",
+            "others = hints",
+            "test_the_log_holds_what_changes",
+        ),
+        (
+            "quarters in the wrong order",
+            "QUARTERS = (125, 375, 625, 875)",
+            "QUARTERS = (875, 625, 375, 125)",
+            "test_the_log_holds_what_changes",
+        ),
+    ],
+    "train_toy.py": [
+        (
+            "whole numbers have no range",
+            'type=count, default=10000, help="optimiser steps, 1 and up"',
+            'type=int, default=10000, help="optimiser steps, 1 and up"',
+            "test_train_toy_refuses_in_one_line",
+        ),
+        (
+            "errors are tracebacks",
+            "with cli.polite_errors(args.output):",
+            "if True:",
+            "test_an_output_folder_that_cannot_be_written_is_said_before_the_work",
+        ),
+    ],
+}
+MUTANTS = [Mutant(file, *bug) for file, bugs in BUGS.items() for bug in bugs]
+DOZEN = {  # one of each file's most telling, and quick
+    "zero layers start as small random values",
+    "residuals 1 and 2 are swapped",
+    "a decoder block takes its skip first",
+    "Z(x + c) instead of x + Z(c)",
+    "no gradient behind the outer zero convolution",
+    "ControlNet shares the U-Net's memory",
+    "std is the variance",
+    "words see those after them",
+    "padding with 0 (as SD 2)",
+    "wrong sign in guidance",
+    "conditioning_scale is ignored",
+    "the loss regresses on the latents",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
