@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from minicn import StableDiffusion, clip, training, unet, vae
+from minicn import ControlNetConfig, StableDiffusion, clip, pipeline, training, unet, vae
 
 
 def filled(module: nn.Module) -> nn.Module:
@@ -301,3 +301,30 @@ def test_pictures_become_latents_and_back_by_one_scale():
     assert np.array_equal(np.asarray(back), levels)
     [nearest] = sd.decode_latents(torch.full((1, 3, 1, 1), 2 * 100.7 / 255 - 1) * 0.18215)
     assert np.asarray(nearest)[0, 0, 0] == 101
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [(True, 0.825), ("diffusers", 10 ** (-1 / 12)), (False, 1.0)])
+@pytest.mark.parametrize("guided", [True, False])
+def test_guess_mode_scales_the_conditional_half_by_hand(mode, ratio, guided):
+    """Residual i is scaled by ratio^(12 - i), and where there are two halves, the unconditional one gets zeros."""
+
+    class Ones(nn.Module):
+        """A ControlNet whose 13 residuals are 1."""
+
+        cfg = ControlNetConfig()
+        time_embed = nn.Sequential(nn.Linear(4, 4))
+
+        def hint_features(self, hint):
+            return hint
+
+        def residuals(self, x, *_):
+            return [torch.ones(1, 2, 1, 1)] * 13
+
+    context, t = torch.zeros(1 + guided, 7, 12), torch.tensor([501, 1])
+    control = pipeline.Control(Ones(), torch.zeros(1, 3, 8, 8), 0.5, mode, context, t, guided)
+    residuals = control.residuals(torch.zeros(1, 4, 1, 1), t[:1], 0)
+    assert len(residuals) == 13
+    for i, c in enumerate(residuals):
+        halves = c.flatten(1).tolist()
+        assert halves[:-1] == ([[0, 0]] if guided and mode else [])
+        assert halves[-1] == pytest.approx([0.5 * ratio ** (12 - i)] * 2, rel=1e-6)
