@@ -15,7 +15,10 @@ import minicn.threads  # noqa: F401  (before torch, see there)
 # isort: split
 import torch
 
-from minicn import ControlNet, StableDiffusion, cli, conditions, measures, recording, toy, training
+from minicn import ControlNet, StableDiffusion, conditions, toy, training
+from minicn.commands import cli
+from minicn.toy import measures
+from minicn.trainer import recording
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
 EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: most conditions begin to follow there
@@ -26,7 +29,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add, count = parser.add_argument, cli.whole(1)
     add("--steps", type=count, default=10000, help="optimiser steps, 1 and up")
     add("--batch-size", type=count, default=None, help="samples a step, 1 and up (default: 4, with --base 32)")
-    add("--lr", type=cli.number(0, 1), default=None, help="learning rate of AdamW, 0 to 1 (default: 3e-4, with --base 1e-3)")
+    add(
+        "--lr",
+        type=cli.number(0, 1),
+        default=None,
+        help="learning rate of AdamW, 0 to 1 (default: 3e-4, with --base 1e-3)",
+    )
     add("--seed", type=cli.whole(0), default=0, help="of the start, the data order and the noise, 0 and up")
     add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -115,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(args.seed)
         torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them many times slower
         if args.base:
-            from minicn import pretraining
+            from minicn.trainer import pretraining
 
             pretraining.train_base(
                 args.output,

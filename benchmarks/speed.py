@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
-from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig, ddim, ledger
-from minicn.hub import TOY_BASE
+from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig, ddim
+from minicn.checkpoints.hub import TOY_BASE
 from minicn.pipeline import Control
 from minicn.tokenizer import Tokenizer
+from minicn.trainer import memory
 from minicn.unet import TextKeys, embed_timesteps
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
@@ -179,7 +180,7 @@ def measure_one(args) -> None:
     if args.one == "diffusers":
         import diffusers  # noqa: F401  (the time of importing is not that of loading)
         from diffusers import StableDiffusionControlNetPipeline  # noqa: F401
-    before = ledger.kilobytes(ledger.STATUS, "VmHWM")
+    before = memory.kilobytes(memory.STATUS, "VmHWM")
     start = time.perf_counter()
     if args.one == "minicn":
         sd, net = ours(args, dtype)
@@ -194,7 +195,7 @@ def measure_one(args) -> None:
             sd.generate(PROMPT, hint=hint, controlnet=net, num_steps=args.steps)
         else:
             pipe(PROMPT, image=hint, num_inference_steps=args.steps, guidance_scale=9.0)
-    peak = ledger.kilobytes(ledger.STATUS, "VmHWM")  # not getrusage's, which a process has from its parent
+    peak = memory.kilobytes(memory.STATUS, "VmHWM")  # not getrusage's, which a process has from its parent
     size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     print(json.dumps({"seconds": seconds, "peak": (peak - before) / size, "gb": peak / 1e9}))
 

@@ -31,7 +31,8 @@ def child(steps: int, fixed: bool) -> None:
     # isort: split
     import torch
 
-    from minicn import ControlNet, StableDiffusion, cli, training
+    from minicn import ControlNet, StableDiffusion, training
+    from minicn.commands import cli
 
     torch.set_flush_denormal(True)
     torch.manual_seed(0)

@@ -16,7 +16,9 @@ import time
 
 import torch
 
-from minicn import ControlNet, StableDiffusion, conditions, measures, recording, toy
+from minicn import ControlNet, StableDiffusion, conditions, toy
+from minicn.toy import measures
+from minicn.trainer import recording
 
 
 def parse_args() -> argparse.Namespace:

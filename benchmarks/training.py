@@ -22,7 +22,10 @@ from pathlib import Path
 
 import torch
 
-from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, cli, ddim, files, ledger, training, weights
+from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, ddim, training
+from minicn.checkpoints import files, weights
+from minicn.commands import cli
+from minicn.trainer import memory
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
 ROWS = {  # of the table: what is timed, and the row that it is compared with
@@ -65,7 +68,7 @@ def our_step(args, device):
     weights.prepare(unet)
     recipe = training.Recipe(steps=1, batch_size=args.batch_size, gradient_checkpointing=args.one == "checkpointing")
     net = fill(ControlNet(ControlNetConfig(unet.cfg))).to(device) if args.one != "plain" else None
-    batch = ledger.example(net or ControlNet(ControlNetConfig(NARROW)), recipe, args.size, 1, device)
+    batch = memory.example(net or ControlNet(ControlNetConfig(NARROW)), recipe, args.size, 1, device)
     abar = ddim.alphas_cumprod().to(device)
     if net is None:
         batch.context = torch.randn(args.batch_size, 77, unet.cfg.context_dim, device=device)
@@ -84,7 +87,7 @@ def our_step(args, device):
     recipe = training.Recipe(steps=1, batch_size=args.batch_size, connect="middle" if args.one == "middle" else "all")
     optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=True)
     unet.gradient_checkpointing = net.gradient_checkpointing = args.one == "checkpointing"
-    return lambda: ledger.step(unet, net, optimizer, batch, abar, recipe)
+    return lambda: memory.step(unet, net, optimizer, batch, abar, recipe)
 
 
 def their_step(args, device):
@@ -131,10 +134,10 @@ def measure_one(args) -> None:
     else:
         cli.keep_freed_memory()  # as the command does
     torch.manual_seed(0)
-    before, seconds = ledger.allocated(device), []
+    before, seconds = memory.allocated(device), []
     step = (their_step if args.one == "diffusers" else our_step)(args, device)
     step()
-    with ledger.Peak(device) as peak:
+    with memory.Peak(device) as peak:
         for _ in range(args.steps):
             start = time.perf_counter()
             step()
@@ -180,10 +183,10 @@ def ledgers(args) -> None:
         unet, net = fill(UNet(cfg)).to(device), fill(ControlNet(ControlNetConfig(cfg))).to(device)
         weights.prepare(unet), weights.prepare(net)
         recipe = training.Recipe(**{"steps": 1, "batch_size": args.batch_size} | settings)
-        predicted = ledger.predict(unet, net, recipe, args.size, 1, device)
-        measured = ledger.measure(unet, net, recipe, args.size, 1, device)
+        predicted = memory.predict(unet, net, recipe, args.size, 1, device)
+        measured = memory.measure(unet, net, recipe, args.size, 1, device)
         print(f"\n{settings or 'defaults'}, {args.size}x{args.size}, batch {args.batch_size}")
-        print(ledger.table(predicted, measured), flush=True)
+        print(memory.table(predicted, measured), flush=True)
         del unet, net
 
 

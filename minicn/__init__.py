@@ -6,11 +6,12 @@ Public names: the models, the pipeline that joins them, and the modules `conditi
 from minicn import threads  # noqa: F401  (before torch is loaded: it bounds how long OpenMP's threads spin)
 
 # isort: split
-from minicn import conditions, ddim, measures, toy
+from minicn import conditions, ddim, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.controlnet import ControlledBlock, ControlNet, ControlNetConfig, hint_encoder, zero_conv, zero_linear
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer
+from minicn.toy import measures
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, VAEConfig
 

@@ -14,9 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 import minicn
-from minicn import cli, conditioning, conditions, converting, data, device_check, recording, threads, training
+from minicn import conditions, threads, training
+from minicn.checkpoints import converting
+from minicn.commands import cli, device_check
+from minicn.conditions import making
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
+from minicn.trainer import data, recording
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
@@ -62,7 +66,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--image", type=Path, help="picture to begin from")
     add("--mask", type=Path, help="picture, white where --image is to be drawn anew; the rest comes back unchanged")
-    add("--denoise", type=cli.number(0, 1), default=1.0, help="with --image: share of the steps that is run, above 0 to 1")
+    add(
+        "--denoise",
+        type=cli.number(0, 1),
+        default=1.0,
+        help="with --image: share of the steps that is run, above 0 to 1",
+    )
     add("--eta", type=cli.number(0, 1), default=0.0, help="noise that each step adds, 0 (DDIM) to 1 (DDPM)")
     add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of the first noise, 0 and up")
     add(
@@ -87,7 +96,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "condition",
         help="make a hint from a picture, a drawing, key points, labels, normals or depth",
         description="Make the hint of a condition. Each takes:\n"
-        + "\n".join(f"  {name:10}  {takes}" for name, takes in conditioning.TAKES.items()),
+        + "\n".join(f"  {name:10}  {takes}" for name, takes in making.TAKES.items()),
         formatter_class=Lines,
     )
     add, side = command.add_argument, cli.whole(64, 8192)
@@ -227,7 +236,7 @@ def generate(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in names.split()}
     prompt = {"user": args.prompt, "none": "", "default": DEFAULT_PROMPT}.get(args.prompt_setting)
     if prompt is None:
-        from minicn import captioning
+        from minicn.toy import captioning
 
         caption, prompts = captioning.captioner(args.captioner, sd, args.model), []
 
@@ -304,7 +313,7 @@ def size(text: str) -> tuple[int, int]:
 def condition(args: argparse.Namespace) -> None:
     check_output(args.hint)
     options = {key: value for key, value in vars(args).items() if key not in ("command", "name", "image", "hint")}
-    hint, did = conditioning.make(args.name, args.image, **options)
+    hint, did = making.make(args.name, args.image, **options)
     Image.fromarray(hint).save(args.hint)
     print(f"{args.hint}: {hint.shape[1]}x{hint.shape[0]} pixels, {did}")
     for doubt in conditions.doubts(args.name, hint, args.version or "v1.1"):
@@ -386,15 +395,15 @@ def train(args: argparse.Namespace) -> None:
 
 def dry_run(sd: StableDiffusion, net: ControlNet, recipe: training.Recipe, size: int) -> None:
     """Print what a run would need of memory: predicted, then, if this machine has as much, measured over a step."""
-    from minicn import ledger  # its imports take a second
+    from minicn.trainer import memory  # its imports take a second
 
     device, world = sd.device, training.process()[1]
-    predicted, free = ledger.predict(sd.unet, net, recipe, size, world, device), ledger.free(device)
+    predicted, free = memory.predict(sd.unet, net, recipe, size, world, device), memory.free(device)
     measured = None
     if free is not None and predicted.peak - predicted.weights < free:
         sd.prepare(net)
-        measured = ledger.measure(sd.unet, net, recipe, size, world, device)
-    print(ledger.table(predicted, measured))
+        measured = memory.measure(sd.unet, net, recipe, size, world, device)
+    print(memory.table(predicted, measured))
     if measured is None:
         there = "this system does not say how much memory is used" if free is None else f"only {free / 1e6:,.0f} MB are free"
         print(f"not measured: {there}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minicn import files, hub, weights
+from minicn.checkpoints import files, hub, weights
 from minicn.unet import TextKeys, UNet, UNetConfig, build_encoder, check_inputs, embed_timesteps, run, zero_module
 
 
@@ -94,7 +94,7 @@ def start(layers: list[nn.Module]) -> list[nn.Module]:
 
     Paper vs code: the released training code leaves them as PyTorch makes them, by which the difference between two
     hints reaches the end several thousand times smaller, and has to be grown first: on the toy a ControlNet for depth
-    then begins to follow after 2500 steps instead of 150 (the two logs in toy_controlnets/depth).
+    then begins to follow after 2500 steps instead of 150 (the two logs in toy/controlnets/depth).
     """
     for convolution in layers[::2]:
         nn.init.kaiming_normal_(convolution.weight)

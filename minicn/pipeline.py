@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import conditions, ddim, files, hub, weights
+from minicn import conditions, ddim
+from minicn.checkpoints import files, hub, weights
 from minicn.clip import TextConfig, TextEncoder
 from minicn.controlnet import ControlNet, check_hint
 from minicn.tokenizer import Tokenizer

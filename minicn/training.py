@@ -22,10 +22,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import data, ddim, files, toy, weights
+from minicn import ddim, toy
+from minicn.checkpoints import files, weights
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
-from minicn.recording import Run, StopRequest, Validation, encode, stack, zero_norms
+from minicn.trainer import data
+from minicn.trainer.recording import Run, StopRequest, Validation, encode, stack, zero_norms
 from minicn.unet import UNet
 
 READ_EVERY = defaultdict(lambda: 20, cpu=1)  # steps between readings of the loss, by the kind of device
@@ -301,16 +303,16 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     joint = Joint(sd.unet, net)
     model, sharded = joint, world > 1 and recipe.unlock == "all"
     if sharded:
-        from minicn import sharding
+        from minicn.trainer import distributed
 
-        model = sharding.shard(joint)
+        model = distributed.shard(joint)
         groups, synchronise = lock(model.unet, model.net, recipe), model.set_requires_gradient_sync
     elif world > 1:
         model = nn.parallel.DistributedDataParallel(joint)
         synchronise = functools.partial(setattr, model, "require_backward_grad_sync")
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=fused(device, recipe))
     if resume and sharded:
-        sharding.load_optimizer(model, optimizer, state["optimizer"])
+        distributed.load_optimizer(model, optimizer, state["optimizer"])
     elif resume:
         if any(isinstance(key, str) for key in state["optimizer"]["state"]):
             raise ValueError("the checkpoint was made with --unlock all by several processes: resume it so")
@@ -404,11 +406,11 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
             if step % 20 == 0:
                 bar.set_postfix(shown | {"loss": f"{statistics.fmean(run.losses):.4f}"}, refresh=False)
             if sharded and (looking or saving):
-                sharding.gather(model, joint)
+                distributed.gather(model, joint)
             if rank == 0 and looking:
                 shown["score"] = f"{look(step, earlier + bar.format_dict['elapsed']):.2f}"
             if saving:
-                moments = sharding.optimizer_state(model, optimizer) if sharded else optimizer.state_dict()
+                moments = distributed.optimizer_state(model, optimizer) if sharded else optimizer.state_dict()
                 if rank == 0:
                     state = {name: part.state_dict() for name, part in parts.items()}
                     run.save(step, state | {"optimizer": moments, "threads": torch.get_num_threads()})

@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 
-from minicn import VAE, ControlNet, TextConfig, TextEncoder, UNet, VAEConfig, files, weights
+from minicn import VAE, ControlNet, TextConfig, TextEncoder, UNet, VAEConfig
+from minicn.checkpoints import files, weights
 
 # The published names, written out
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from minicn import annotators
-from minicn.annotators import HED, LIMBS, MLSD, BodyPose
+from minicn.conditions import networks
+from minicn.conditions.networks import HED, LIMBS, MLSD, BodyPose
 
 ORACLES = ("cv2", "scipy", "einops", "huggingface_hub", "controlnet_aux")
 ABSENT = [name for name in ORACLES if importlib.util.find_spec(name) is None]
@@ -116,10 +116,10 @@ def test_resize_is_opencvs():
         method = cv2.INTER_AREA if sum(new) < sum(size) else cv2.INTER_LANCZOS4
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         theirs = cv2.resize(image, new[::-1], interpolation=method).astype(int)
-        assert np.abs(annotators.resize(image, *new) - theirs).max() <= 1
+        assert np.abs(networks.resize(image, *new) - theirs).max() <= 1
         image = image.astype(np.float32) / 255
         theirs = cv2.resize(image, new[::-1], interpolation=method)
-        assert np.abs(annotators.resize(image, *new) - theirs).max() <= 1e-5
+        assert np.abs(networks.resize(image, *new) - theirs).max() <= 1e-5
 
 
 # Soft edges
@@ -184,7 +184,7 @@ def test_the_same_maps_give_the_same_lines(oracle, bias, least):
     for seed in range(5):
         maps = line_maps(seed, bias)
         theirs = oracle.utils.pred_lines(np.zeros((96, 128, 3), np.uint8), Gives(maps), [96, 128], 0.1, 0.1)
-        ours = annotators.find_lines(maps[0])
+        ours = networks.find_lines(maps[0])
         assert least <= len(theirs) <= 200
         assert np.array_equal(ours, theirs)
 
@@ -217,7 +217,7 @@ def test_blur_is_scipys():
     gaussian_filter = importlib.import_module("scipy.ndimage").gaussian_filter
     for size in ((40, 30), (1, 1), (5, 60)):
         image = np.random.default_rng(0).random(size)
-        assert np.abs(annotators.blur(image) - gaussian_filter(image, sigma=3)).max() <= 1e-15
+        assert np.abs(networks.blur(image) - gaussian_filter(image, sigma=3)).max() <= 1e-15
 
 
 def pose_maps(seed, height, width, people, noise, spacing=1):
@@ -273,7 +273,7 @@ def test_the_same_maps_give_the_same_people(oracle, monkeypatch, people, noise):
         fields, parts = pose_maps(seed, 184, 240, people, noise)
         image = np.zeros((184, 240, 3), np.uint8)
         theirs, _ = their_people(oracle, monkeypatch, image, fields, parts, enlarged=True)
-        ours = annotators.find_people(fields, parts)
+        ours = networks.find_people(fields, parts)
         assert np.array_equal(ours, theirs)
         found += len(theirs)
     assert found >= 3

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import ControlNet, StableDiffusion, hub, toy
+from minicn import ControlNet, StableDiffusion, toy
+from minicn.checkpoints import hub
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `parity` is not installed")
 pytest.importorskip("transformers", reason="the extra `parity` is not installed")

@@ -16,9 +16,11 @@ from PIL import Image
 diffusers = pytest.importorskip("diffusers", reason="extra parity is not installed")
 transformers = pytest.importorskip("transformers", reason="extra parity is not installed")
 
-from minicn import ControlNet, StableDiffusion, __main__, captioning, converting, ddim, hub  # noqa: E402
+from minicn import ControlNet, StableDiffusion, __main__, ddim  # noqa: E402
+from minicn.checkpoints import converting, hub  # noqa: E402
 from minicn.pipeline import load_model, load_vae  # noqa: E402
 from minicn.tokenizer import Tokenizer  # noqa: E402
+from minicn.toy import captioning  # noqa: E402
 
 WIDTHS = (32, 64, 128, 128)
 BLOCKS = {
@@ -205,7 +207,7 @@ def test_token_ids_are_equal(tmp_path, sd, pipe):
     texts = [text for text in strings(4000) if cleaners_agree(text)][:2000]
     assert len(texts) == 2000
     vocabularies = {"toy": hub.TOY_BASE / "tokenizer", "large": tmp_path}
-    from minicn.pretraining import learn_merges
+    from minicn.trainer.pretraining import learn_merges
 
     Tokenizer.from_merges(learn_merges([text.lower() for text in texts[:300]])).save(tmp_path)
     for folder in vocabularies.values():

@@ -8,7 +8,8 @@ import torch
 
 hub_library = pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
 
-from minicn import ControlNet, StableDiffusion, hub  # noqa: E402
+from minicn import ControlNet, StableDiffusion  # noqa: E402
+from minicn.checkpoints import hub  # noqa: E402
 from minicn.pipeline import load_vae  # noqa: E402
 
 
@@ -58,7 +59,7 @@ def test_an_old_repository_without_safetensors_loads(cache, tmp_path):
     net = ControlNet.load("toy-canny")
     net.save(tmp_path / "folder", layout="diffusers")
     path = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
-    from minicn import files
+    from minicn.checkpoints import files
 
     torch.save(files.read(path), path.with_suffix(".bin"))
     path.unlink()
@@ -68,7 +69,7 @@ def test_an_old_repository_without_safetensors_loads(cache, tmp_path):
 
 def test_each_part_of_a_repository_has_its_own_kind_of_file(cache, tmp_path, monkeypatch):
     """The U-Net .safetensors, the autoencoder .bin alone; the safety checker, which is not used, is not fetched."""
-    from minicn import files
+    from minicn.checkpoints import files
 
     shutil.copytree(hub.TOY_BASE, tmp_path / "sd")
     path = tmp_path / "sd" / "vae" / "diffusion_pytorch_model.safetensors"

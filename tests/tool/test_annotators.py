@@ -11,8 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from minicn import files
-from minicn.annotators import HED, LIMBS, MLSD, BodyPose, blur, find_lines, find_peaks, find_people, join, match, resize
+from minicn.checkpoints import files
+from minicn.conditions.networks import (
+    HED,
+    LIMBS,
+    MLSD,
+    BodyPose,
+    blur,
+    find_lines,
+    find_peaks,
+    find_people,
+    join,
+    match,
+    resize,
+)
 
 NETWORKS = [HED, MLSD, BodyPose]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import __main__, conditioning, conditions, drawing, palettes, toy
-from minicn.conditions import canny, hint_tensor, load_hint, load_image, resize_hint, to_rgb
+from minicn import __main__, conditions, toy
+from minicn.conditions import canny, drawing, hint_tensor, load_hint, load_image, making, palettes, resize_hint, to_rgb
 
 THRESHOLDS = [(100, 200), (50, 100), (1, 255), (30, 400), (150, 150)]
 
@@ -1114,7 +1114,7 @@ def test_names_lists_the_conditions():
     """Eleven names; each is a function of this module, and the command says what each takes."""
     assert len(conditions.NAMES) == len(set(conditions.NAMES)) == 11
     assert all(callable(getattr(conditions, name)) for name in conditions.NAMES)
-    assert set(conditioning.TAKES) == set(conditioning.OPTIONS) == set(conditions.NAMES)
+    assert set(making.TAKES) == set(making.OPTIONS) == set(conditions.NAMES)
 
 
 def run(*arguments):
@@ -1244,7 +1244,7 @@ def test_other_ways_to_a_hint(inputs):
 
 def test_networks_are_used_where_weights_are_named(inputs, monkeypatch):
     """--weights loads HED, MLSD or BodyPose from that file, and what they see is the picture at --detect-resolution."""
-    from minicn import annotators
+    from minicn.conditions import networks  # torch modules, needed here alone
 
     seen = []
     results = {
@@ -1257,7 +1257,7 @@ def test_networks_are_used_where_weights_are_named(inputs, monkeypatch):
         def load(path, kind=kind, result=result):
             return lambda image: seen.append((kind, Path(path).name, image.shape, image.dtype)) or result(image)
 
-        monkeypatch.setattr(getattr(annotators, kind), "load", load)
+        monkeypatch.setattr(getattr(networks, kind), "load", load)
     for name, kind in (("hed", "HED"), ("hough", "MLSD"), ("openpose", "BodyPose")):
         run(name, inputs / "picture.png", inputs / "hint.png", "--weights", "w.pth", "--detect-resolution", "128")
         assert seen.pop() == (kind, "w.pth", (128, 192, 3), np.uint8)
@@ -1351,7 +1351,7 @@ def test_bad_input_is_one_line(inputs, refused, monkeypatch, case):
 def test_make_lists_the_eleven():
     """Also from Python an unknown condition is answered with all names."""
     with pytest.raises(ValueError, match=f"condition is 'smell', but must be one of: {', '.join(conditions.NAMES)}"):
-        conditioning.make("smell", Path("x.png"))
+        making.make("smell", Path("x.png"))
 
 
 def test_help_says_what_each_condition_takes(capsys):
@@ -1359,5 +1359,5 @@ def test_help_says_what_each_condition_takes(capsys):
         run("--help")
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for name, takes in conditioning.TAKES.items():
+    for name, takes in making.TAKES.items():
         assert f"  {name:10}  {takes}\n" in text

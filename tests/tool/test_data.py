@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicn import __main__, data, toy
+from minicn import __main__, toy
+from minicn.trainer import data
 
 
 def write(path, size=(40, 30), colour="red"):

@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from minicn import __main__, device_check
+from minicn import __main__
+from minicn.commands import device_check
 
 OTHER = torch.device("cpu", 0)  # computes as the CPU does; "cpu" without a number is what it is compared with
 SMALL = dict(num_steps=1, steps=2, early=1, timed=1)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from closeness import assert_as_exact, assert_close
 from PIL import Image
 
-from minicn import ControlNet, StableDiffusion, __main__, captioning, ddim, toy
+from minicn import ControlNet, StableDiffusion, __main__, ddim, toy
 from minicn.pipeline import DEFAULT_PROMPT
+from minicn.toy import captioning
 from minicn.unet import Conv3x3, TextKeys, embed_timesteps
 
 STEPS = 3

@@ -17,20 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from minicn import (
-    VAE,
-    ControlNet,
-    StableDiffusion,
-    TextConfig,
-    TextEncoder,
-    UNet,
-    UNetConfig,
-    VAEConfig,
-    converting,
-    files,
-    hub,
-    weights,
-)
+from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig
+from minicn.checkpoints import converting, files, hub, weights
 from minicn.pipeline import load_model, load_vae
 from minicn.tokenizer import Tokenizer
 

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minicn import ControlNet, StableDiffusion, annotators, files
+from minicn import ControlNet, StableDiffusion
+from minicn.checkpoints import files
+from minicn.conditions import networks
 
 
 class Written(TorchDispatchMode):
@@ -26,8 +28,8 @@ class Written(TorchDispatchMode):
 
 def load_annotator(folder):
     """Load the smallest of the three, from random weights."""
-    files.write(folder / "mlsd.safetensors", annotators.MLSD().state_dict())
-    return lambda: annotators.MLSD.load(folder / "mlsd.safetensors")
+    files.write(folder / "mlsd.safetensors", networks.MLSD().state_dict())
+    return lambda: networks.MLSD.load(folder / "mlsd.safetensors")
 
 
 @pytest.mark.parametrize(

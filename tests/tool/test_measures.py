@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicn import StableDiffusion, conditions, measures, recording, toy
+from minicn import StableDiffusion, conditions, toy
+from minicn.toy import measures
+from minicn.trainer import recording
 
 
 def square(x=20, y=20, side=24, size=64):
@@ -230,7 +232,7 @@ def test_limbs_go_from_joint_to_joint():
 def draw_again(scene, **changes):
     """The scene's picture with its people changed."""
     things = [dataclasses.replace(t, **{k: v(t) for k, v in changes.items()}) if t.pose else t for t in scene.things]
-    return toy._render(tuple(things), scene.background)[0]
+    return toy.world._render(tuple(things), scene.background)[0]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minicn import VAE, ControlNet, StableDiffusion, UNet, UNetConfig, hub, recording, toy, training, weights
+from minicn import VAE, ControlNet, StableDiffusion, UNet, UNetConfig, toy, training
+from minicn.checkpoints import hub, weights
 from minicn.clip import TextConfig, TextEncoder
 from minicn.tokenizer import Tokenizer
+from minicn.trainer import recording
 from minicn.vae import VAEConfig
 
 META = torch.device("meta")

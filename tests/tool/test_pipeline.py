@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import ControlNet, StableDiffusion, conditions, ddim, hub, toy
+from minicn import ControlNet, StableDiffusion, conditions, ddim, toy
+from minicn.checkpoints import hub
 
 PROMPT = "a red ball beside a yellow person on a white background"
 QUICK = dict(num_steps=2, height=32, width=32)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import minicn
-from minicn import StableDiffusion, __main__, conditions, palettes, toy
+from minicn import StableDiffusion, __main__, conditions, toy
+from minicn.conditions import palettes
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -62,7 +63,7 @@ def test_the_commands_for_training_run(tmp_path, monkeypatch):
 def test_the_file_guide_names_every_file_and_no_other():
     """Each module of the package is in the table, and everything in the table exists."""
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", README.split("## Where to learn what")[1].split("## Claims")[0]))
-    modules = {f"minicn/{path.name}" for path in (ROOT / "minicn").glob("*.py")} - {"minicn/__init__.py"}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minicn").rglob("*.py")}
     assert modules <= named
     assert all((ROOT / name).exists() for name in named)
 
@@ -131,7 +132,7 @@ def test_links_and_pictures_exist():
 
 def test_the_scores_of_the_log_are_those_of_the_log():
     """The following scores that the README quotes stand in the log of the ControlNet that ships."""
-    with open(ROOT / "minicn" / "toy_controlnets" / "canny" / "log.csv") as file:
+    with open(ROOT / "minicn" / "toy" / "controlnets" / "canny" / "log.csv") as file:
         scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
     quoted = re.search(r"following score (.*?) \(16 held-out", README)[1]
     pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)

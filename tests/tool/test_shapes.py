@@ -25,20 +25,11 @@ from PIL import Image
 from torch import Tensor
 
 import minicn
-from minicn import (
-    annotators,
-    conditioning,
-    conditions,
-    data,
-    device_check,
-    drawing,
-    judging,
-    measures,
-    palettes,
-    pretraining,
-    toy,
-    training,
-)
+from minicn import conditions, toy, training
+from minicn.commands import device_check
+from minicn.conditions import drawing, making, networks, palettes
+from minicn.toy import judging, measures
+from minicn.trainer import data, pretraining
 from minicn.unet import Conv3x3
 
 SHAPE = re.compile(r"(?:(\w+)`? )?\(([^()]*,[^()]*)\)(?: +(u?int\d+|float\d+|bool)\b)?")  # with the words around it
@@ -150,7 +141,7 @@ class Watch:
     """Compares the claims of a package with what there is, while code runs."""
 
     def __init__(self, folder: Path):
-        self.claims = {key: claims for file in folder.glob("*.py") for key, claims in claims_of(file).items()}
+        self.claims = {key: claims for file in folder.rglob("*.py") for key, claims in claims_of(file).items()}
         self.stated = {claim.where for claims in self.claims.values() for claim in claims}
         self.met: set[str] = set()
         self.wrong: dict[str, str] = {}  # claim: what came, the first time
@@ -303,10 +294,10 @@ def judging_pictures():
 def annotating():
     random = np.random.default_rng(0)
     picture = random.integers(0, 256, (32, 48, 3), np.uint8)
-    conditions.hed(picture, annotators.HED())
-    annotators.MLSD()(picture)
-    annotators.BodyPose()(picture[:, :3])
-    annotators.find_people(random.random((38, 32, 48)), random.random((19, 32, 48)))
+    conditions.hed(picture, networks.HED())
+    networks.MLSD()(picture)
+    networks.BodyPose()(picture[:, :3])
+    networks.find_people(random.random((38, 32, 48)), random.random((19, 32, 48)))
     lines = np.array([[0, 2, 30, 2], [0, -1, 5, -1], [1, 1, 2, 3]])  # one of them leaves the canvas, one lies outside
     drawing.lines(np.zeros((9, 8, 3), np.uint8), lines, (255, 0, 0))
 
@@ -325,7 +316,7 @@ def hints():
     conditions.ade20k(scene.labels[:100])
     conditions.coco_stuff(scene.labels[:100])
     conditions.hint_tensor(torch.zeros(2, 3, 8, 16))
-    toy._shades.__wrapped__()  # else kept from tests before
+    toy.world._shades.__wrapped__()  # else kept from tests before
     palettes._read("0 120 120 120 wall")
 
 
@@ -337,7 +328,7 @@ def files(folder: Path):
     values = [float(i) for i in range(54)]
     people.write_text(json.dumps([{"keypoints": values[:51]}] * 2))
     pose.write_text(json.dumps({"people": [{"pose_keypoints_2d": values}] * 2}))
-    conditioning.make("canny", picture, resolution=64)
+    making.make("canny", picture, resolution=64)
     conditions.load_hint(picture)
     conditions.read_depth(grey)
     conditions.read_labels(grey)

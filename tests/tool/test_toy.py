@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 import pytest
 
-from minicn import conditions, palettes, toy
+from minicn import conditions, toy
+from minicn.conditions import palettes
 
 COUNT = 300  # scenes of each split that are looked at
 
@@ -210,7 +211,7 @@ def test_what_stands_in_front_is_nearer():
             front, behind = (scene.depth[scene.labels == 1 + toy.THINGS.index(kind)] for kind in kinds)
             assert front.min() > behind.max() - 0.15
             assert front.mean() > behind.mean()
-            alone = toy._render(scene.things[:1], scene.background)[3] > 0  # labels of the front thing by itself
+            alone = toy.world._render(scene.things[:1], scene.background)[3] > 0  # labels of the front thing by itself
             assert (scene.labels[alone] == 1 + toy.THINGS.index(kinds[0])).all()
             seen += 1
     assert seen >= 20

@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minicn import ControlNet, StableDiffusion, conditions, hub, measures, recording, toy
+from minicn import ControlNet, StableDiffusion, conditions, toy
+from minicn.checkpoints import hub
+from minicn.toy import measures
+from minicn.trainer import recording
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 TABLE = README.split("## Hints")[1].split("\n## ")[0]

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import train_toy
-from minicn import ControlNet, StableDiffusion, __main__, files, hub, pretraining, recording, toy, training
+from minicn import ControlNet, StableDiffusion, __main__, toy, training
+from minicn.checkpoints import files
+from minicn.trainer import pretraining, recording
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ["--hint", "{tmp}/ok.png", "--controlnet", "toy-canny"]

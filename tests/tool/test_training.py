@@ -16,24 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import (
-    ControlNet,
-    ControlNetConfig,
-    StableDiffusion,
-    UNet,
-    UNetConfig,
-    __main__,
-    data,
-    ddim,
-    files,
-    hub,
-    ledger,
-    recording,
-    toy,
-    training,
-    weights,
-)
+from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConfig, __main__, ddim, toy, training
+from minicn.checkpoints import files, hub, weights
 from minicn.pipeline import load_model
+from minicn.trainer import data, memory, recording
 
 ROOT = Path(__file__).parents[2]
 
@@ -499,7 +485,7 @@ def predicted(unlock="none", **settings):
     with torch.device("meta"):
         unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
     recipe = training.Recipe(**{"steps": 1, "batch_size": 2} | settings, unlock=unlock)
-    return ledger.predict(unet, net, recipe, size, 1, torch.device("cpu"))
+    return memory.predict(unet, net, recipe, size, 1, torch.device("cpu"))
 
 
 def test_the_ledger_counts_weights_gradients_and_moments(dezero):
@@ -533,7 +519,7 @@ def test_the_ledger_counts_what_autograd_keeps():
     recipe = training.Recipe(steps=1, batch_size=2)
     training.lock(unet, net, recipe)
     own = {p.untyped_storage().data_ptr() for model in (unet, net) for p in model.parameters()}
-    batch, kept = ledger.example(net, recipe, size, 1, torch.device("cpu")), {}
+    batch, kept = memory.example(net, recipe, size, 1, torch.device("cpu")), {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -557,7 +543,7 @@ def test_a_dry_run_prints_the_ledger_and_leaves_nothing(folder, tmp_path, capsys
 
 
 def test_a_dry_run_says_why_nothing_was_measured(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ledger, "free", lambda device: 1_000_000)
-    monkeypatch.setattr(ledger, "predict", lambda *_: ledger.Ledger(*[10**9] * 5))
+    monkeypatch.setattr(memory, "free", lambda device: 1_000_000)
+    monkeypatch.setattr(memory, "predict", lambda *_: memory.Ledger(*[10**9] * 5))
     assert command(folder, tmp_path / "out", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "not measured: only 1 MB are free"

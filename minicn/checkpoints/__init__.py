@@ -1,0 +1,1 @@
+"""Weights on disk: files read without trust, published layouts and names, loading, saving and converting of models."""

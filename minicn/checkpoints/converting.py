@@ -1,0 +1,187 @@
+"""What a file holds, in words, and the same model in another layout: `minicn inspect` and `minicn convert`.
+
+Source of the transfer: the arithmetic of the official tool_transfer_control, copy + new base - old base.
+"""
+
+import collections
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from minicn.checkpoints import files, hub, weights
+from minicn.controlnet import ControlNet
+from minicn.pipeline import MODELS, StableDiffusion, load_model
+from minicn.tokenizer import Tokenizer
+
+KINDS = ("model", "controlnet", "unet", "vae")
+
+
+def open_contents(path: Path, variant: str | None = None) -> list[weights.Contents]:
+    """Return what a file holds, or each weights file of a diffusers folder."""
+    if path.is_file():
+        return [weights.contents(files.open_weights(path))]
+    folders = [path / kind for kind in MODELS if (path / kind).is_dir()] or [path]
+    names = ("diffusion_pytorch_model", "model", "pytorch_model")
+    return [weights.contents(files.open_weights(files.find_weights(folder, names, variant))) for folder in folders]
+
+
+def describe(source: str | Path) -> Iterator[str]:
+    """Yield lines that say what a file or folder holds, from its headers alone."""
+    path = hub.resolve(source)
+    for found in open_contents(path):
+        yield f"{found.file.path}: {found.layout}, {found.file.container}"
+        for kind, keys in found.parts.items():
+            yield "  " + _row(weights.WORDS[kind], found, keys)
+        if found.ema:
+            yield "  " + _row("U-Net, moving average", found, found.ema)
+        if found.difference:
+            yield "  a difference file: the copied layers are to be added to those of a U-Net"
+        if found.other:
+            yield f"  {found.other} other tensors, which minicn does not use"
+
+
+def _row(name: str, found: weights.Contents, keys: weights.Keys) -> str:
+    count, size, kinds = 0, 0, set()
+    for key in keys.values():
+        numbers = torch.Size(found.file.shapes[key]).numel()
+        count += numbers
+        size += numbers * getattr(torch, found.file.dtypes[key]).itemsize
+        kinds.add(found.file.dtypes[key])
+    return f"{name}: {len(keys)} tensors, {count:,} parameters, {' and '.join(sorted(kinds))}, {size / 1e6:,.1f} MB"
+
+
+def compare(source: str | Path, other: str | Path) -> Iterator[str]:
+    """Yield lines that say in which tensors the U-Net of a source differs from that of a model."""
+    [mine, theirs] = [_unet(hub.resolve(s)) for s in (source, other)]
+    unet = load_model("unet", theirs)
+    different = weights.differences(mine, "unet", unet)
+    yield f"{len(different)} of {len(mine.parts['unet'])} tensors of the U-Net differ from {other}" + ":" * bool(different)
+    for name, much in different:
+        yield f"  {name}: ||a - b|| / ||b|| = {much:.3g}"
+
+
+def _unet(path: Path) -> weights.Contents:
+    for found in open_contents(path):
+        if "unet" in found.parts:
+            return found
+    raise ValueError(f"{path} holds no U-Net to compare: name a model")
+
+
+def check_destination(path: Path, layout: str) -> None:
+    """Raise ValueError, before any work, for a destination that does not fit its layout or holds something."""
+    if layout == "ldm" and path.suffix != ".safetensors":
+        raise ValueError(f"destination {path} must end in .safetensors: layout ldm is one file")
+    if layout == "ldm" and path.is_dir():
+        raise ValueError(f"destination {path} is a folder: layout ldm is one file")
+    if layout == "ldm" and path.exists():
+        raise ValueError(f"destination {path} exists already: name another file, or remove it")
+    if layout == "diffusers" and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise ValueError(f"destination {path} exists already: layout diffusers is a new folder")
+
+
+def convert(
+    source: str | Path,
+    destination: Path,
+    layout: str,
+    *,
+    dtype: torch.dtype | None = None,
+    part: str | None = None,
+    unet: str | None = None,
+    transfer_to: str | None = None,
+    transfer_from: str | None = None,
+    tokenizer: str | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+) -> str:
+    """Write a model in another layout and return a sentence that says what was written.
+
+    part  one of KINDS; None: a ControlNet if there is one, else the whole model, else the one model that is there
+    See `minicn convert --help` for the rest. Raises ValueError, naming the file, for what cannot be had from it.
+    """
+    path = hub.resolve(source, variant)
+    found = open_contents(path, variant)
+    kinds = [kind for contents in found for kind in contents.parts]
+    if part is None:
+        whole = all(kind in kinds for kind in MODELS)
+        part = "controlnet" if "controlnet" in kinds else "model" if whole else kinds[0]
+    absent = [weights.WORDS[kind] for kind in (MODELS if part == "model" else (part,)) if kind not in kinds]
+    if absent:
+        held = ", ".join(weights.WORDS[kind] for kind in kinds)
+        raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {held}")
+    if transfer_to is not None and part != "controlnet":
+        raise ValueError(
+            f"--transfer-to moves a ControlNet, but {path} is to give its {weights.WORDS.get(part, 'whole model')}"
+        )
+    if transfer_from is not None and transfer_to is None:
+        raise ValueError("--transfer-from says where from, but --transfer-to is missing: where to?")
+    held = {kind: contents for contents in found for kind in contents.parts}
+    keep = {kind: dtype or precision(held[kind], kind) for kind in (MODELS if part == "model" else (part,))}
+    if part == "controlnet":
+        base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
+        own = keep[part]
+        net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else own, variant=variant)
+        weights.check_finite(net)
+        if transfer_to is not None:
+            if transfer_from is None and "unet" not in held:
+                raise ValueError(f"{path} holds no U-Net: name the base that it was trained on (--transfer-from)")
+            transfer(net, _unet(hub.resolve(transfer_to)), _unet(hub.resolve(transfer_from) if transfer_from else path))
+        net.save(destination, layout=layout, dtype=own)
+    else:
+        models = {}
+        for kind, own in keep.items():
+            at = path / kind if (path / kind).is_dir() else path
+            models[kind] = load_model(
+                kind, at if at.is_dir() else held[kind], own, variant=variant, ema=ema and kind == "unet"
+            )
+            weights.check_finite(models[kind])
+        if part == "model":
+            words = None
+            if layout == "diffusers":  # a single file has no place for it
+                if tokenizer is not None:
+                    words = Tokenizer.load(hub.tokenizer_folder(tokenizer))
+                else:
+                    words = Tokenizer.load(path / "tokenizer" if path.is_dir() else hub.default_tokenizer())
+            StableDiffusion(**models, tokenizer=words).save(destination, layout=layout)
+        else:
+            save_model(part, models[part], destination, layout)
+    kinds_of = " and ".join(sorted({str(own).removeprefix("torch.") for own in keep.values()}))
+    return f"{destination}: {weights.WORDS.get(part, 'whole model')}, layout {layout}, {kinds_of}"
+
+
+def precision(found: weights.Contents, kind: str) -> torch.dtype:
+    """Return the precision in which most numbers of a model are stored."""
+    counts = collections.Counter()
+    for key in found.parts[kind].values():
+        counts[found.file.dtypes[key]] += torch.Size(found.file.shapes[key]).numel()
+    common = getattr(torch, counts.most_common(1)[0][0])
+    return common if common.is_floating_point else torch.float32
+
+
+def save_model(kind: str, model: torch.nn.Module, destination: Path, layout: str) -> None:
+    """Write a U-Net or an autoencoder alone."""
+    state = model.state_dict()
+    if layout == "ldm":
+        state = {weights.PREFIXES[kind] + key: tensor for key, tensor in state.items()}
+        files.write(destination, state, {"minicn": weights.metadata({kind: asdict(model.cfg)})})
+        return
+    config = weights.unet_config(model.cfg) if kind == "unet" else weights.vae_config(model.cfg, 512)
+    files.write_json(destination / "config.json", config)
+    files.write(destination / "diffusion_pytorch_model.safetensors", weights.to_diffusers(kind, state))
+
+
+@torch.no_grad()
+def transfer(net: ControlNet, new: weights.Contents, old: weights.Contents) -> None:
+    """Move a ControlNet to another base, in place: every copied tensor gets new - old.
+
+    Raises ValueError if a base has other shapes.
+    """
+    for name, tensor in net.state_dict().items():
+        if name.startswith(("zero_convs.", "middle_block_out.", "input_hint_block.")):
+            continue
+        for base in (new, old):
+            if name not in base.parts["unet"] or base.shapes("unet")[name] != tuple(tensor.shape):
+                raise ValueError(f"{base.file.path} has no {name} of shape {tuple(tensor.shape)}: the bases do not fit")
+        a, b = (base.file.get(base.parts["unet"][name]).view(tensor.shape).float() for base in (new, old))
+        tensor += a - b

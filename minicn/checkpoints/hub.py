@@ -1,0 +1,100 @@
+"""From what a user names (a path, "toy", a Hugging Face repository) to files on this machine.
+
+huggingface_hub, an optional extra, does the fetching and the caching: what is in its cache works without a network.
+"""
+
+import re
+from pathlib import Path
+
+TOY_BASE = Path(__file__).parents[1] / "toy" / "base"
+TOY_CONTROLNETS = Path(__file__).parents[1] / "toy" / "controlnets"  # a folder for each condition: "toy-canny" is canny/
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.5, for files that carry none
+
+WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+PARTS = ("", "unet/", "vae/", "text_encoder/")  # where a repository keeps them: of a ControlNet, of a Stable Diffusion
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(source: str | Path, variant: str | None = None) -> Path:
+    """Return the file or folder that a source names; fetch it if it is a repository, or a file in one.
+
+    source   a path; "toy" or "toy-canny"; "owner/name"; "owner/name/file.safetensors"
+    variant  of a repository's weights, as "fp16"
+    Raises FileNotFoundError saying what to install, fetch or name.
+    """
+    text = str(source)
+    if text == "toy":
+        return TOY_BASE
+    if Path(source).exists():
+        return Path(source)
+    if text.startswith("toy-"):
+        path = TOY_CONTROLNETS / text.removeprefix("toy-")
+        if not path.is_dir():
+            there = ", ".join(sorted(f"toy-{folder.name}" for folder in TOY_CONTROLNETS.glob("*/")))
+            raise FileNotFoundError(f"there is no ControlNet {source}; those that ship: {there or 'none'}")
+        return path
+    parts = text.split("/")
+    if not isinstance(source, str) or not REPOSITORY.fullmatch("/".join(parts[:2])) or ".." in parts or "" in parts:
+        raise FileNotFoundError(f'{source} is no file or folder: name one, a Hugging Face repository (owner/name), or "toy"')
+    if len(parts) > 2:
+        return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
+    dot = f".{variant}" if variant else ""
+    small = ["*.json", "*/*.json", "tokenizer/*"]
+    folder = fetch_folder(text, small + [f"{part}{name}{dot}.safetensors" for part in PARTS for name in WEIGHTS])
+    described = [part for part in PARTS if (folder / part / "config.json").is_file()]
+    old = [part for part in described if not any((folder / part).glob("*.safetensors"))]  # .bin alone, or in shards
+    if old:
+        folder = fetch_folder(text, small + [f"{part}{name}{dot}*" for part in old for name in WEIGHTS])
+    return folder
+
+
+def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False) -> Path:
+    """Return the folder of a repository's files of these patterns. Raises FileNotFoundError if it is not to be had."""
+    hub = _hub(repository)
+    try:
+        return Path(hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=only_cached))
+    except Exception as error:  # the library's own, or those of whatever it reads the network with
+        raise FileNotFoundError(_not_had(repository, error)) from error
+
+
+def fetch_file(repository: str, name: str) -> Path:
+    """Return one file of a repository. Raises FileNotFoundError if it is not to be had."""
+    hub = _hub(f"{repository}/{name}")
+    try:
+        return Path(hub.hf_hub_download(repository, name))
+    except Exception as error:
+        raise FileNotFoundError(_not_had(f"{repository}/{name}", error)) from error
+
+
+def tokenizer_folder(source: str | Path) -> Path:
+    """Return the tokenizer that a source names: its folder or file, a whole model's folder, or "toy"."""
+    path = TOY_BASE if str(source) == "toy" else Path(source)
+    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
+
+
+def default_tokenizer() -> Path:
+    """Return the folder of CLIP's tokenizer from the cache. Raises FileNotFoundError if it is not there."""
+    try:
+        folder = fetch_folder(CLIP_TOKENIZER, ["vocab.json", "merges.txt"], only_cached=True)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"a single file carries no tokenizer, and {CLIP_TOKENIZER} is not in the cache: give a folder with vocab.json "
+            "and merges.txt as tokenizer (--tokenizer)"
+        ) from error
+    return folder
+
+
+def _hub(what: str):
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{what} is no file or folder here; to fetch it from the Hugging Face hub, install huggingface_hub "
+            "(the extra hub: pip install 'minicn[hub]')"
+        ) from error
+    return huggingface_hub
+
+
+def _not_had(what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:160]
+    return f"{what} is no file or folder here, is not in the cache, and cannot be fetched ({type(error).__name__}: {reason})"

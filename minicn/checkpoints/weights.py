@@ -1,0 +1,651 @@
+"""Names of weights: every published layout of Stable Diffusion 1.5 and its ControlNets, to and from our modules' own.
+
+Our modules carry the names of the ldm checkpoints (CompVis, the official ControlNet). diffusers' differ by names alone,
+but for the autoencoder's attention, whose 1x1 convolutions are linear layers there. A part of a file is a dictionary from
+our names to the file's. Nothing here imports a model class: a model gives its keys and shapes, a file its tensors.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from minicn.checkpoints.files import WeightFile
+
+State = dict[str, Tensor]
+Keys = dict[str, str]  # our name of a tensor: the file's
+
+# ldm -> diffusers, by the beginning of a key
+
+RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 2023
+
+
+def _unet_names() -> dict[str, str]:
+    """U-Net and ControlNet. In both layouts, level l holds resnets j; ldm counts blocks through, diffusers by level."""
+    names = {
+        "time_embed.0": "time_embedding.linear_1",
+        "time_embed.2": "time_embedding.linear_2",
+        "input_blocks.0.0": "conv_in",
+        "middle_block.1": "mid_block.attentions.0",
+        "out.0": "conv_norm_out",
+        "out.2": "conv_out",
+        "middle_block_out.0": "controlnet_mid_block",
+        "input_hint_block.0": "controlnet_cond_embedding.conv_in",
+        "input_hint_block.14": "controlnet_cond_embedding.conv_out",
+    }
+    names |= {f"input_hint_block.{2 * i + 2}": f"controlnet_cond_embedding.blocks.{i}" for i in range(6)}
+    names |= {f"zero_convs.{i}.0": f"controlnet_down_blocks.{i}" for i in range(12)}
+    resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
+    for level, j in itertools.product(range(4), range(3)):
+        down, up = 3 * level + j + 1, 3 * level + j
+        if j < 2:
+            resnets[f"input_blocks.{down}.0"] = f"down_blocks.{level}.resnets.{j}"
+            names[f"input_blocks.{down}.1"] = f"down_blocks.{level}.attentions.{j}"
+        elif level < 3:
+            names[f"input_blocks.{down}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        resnets[f"output_blocks.{up}.0"] = f"up_blocks.{level}.resnets.{j}"
+        names[f"output_blocks.{up}.1"] = f"up_blocks.{level}.attentions.{j}"
+        if j == 2 and level < 3:  # behind the attention, which the coarsest level does not have
+            names[f"output_blocks.{up}.{2 if level else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
+    return names | _inside(resnets, RESNET)
+
+
+def _vae_names() -> dict[str, str]:
+    """The autoencoder. ldm stores the decoder's levels in the encoder's order, diffusers as they run."""
+    names = {f"{side}.norm_out": f"{side}.conv_norm_out" for side in ("encoder", "decoder")}
+    attention, shortcut = {}, {}
+    for side in ("encoder", "decoder"):
+        attention[f"{side}.mid.attn_1"] = f"{side}.mid_block.attentions.0"
+        names |= {f"{side}.mid.block_{j + 1}": f"{side}.mid_block.resnets.{j}" for j in range(2)}
+    for level, j in itertools.product(range(4), range(3)):
+        shortcut[f"encoder.down.{level}.block.{j}"] = f"encoder.down_blocks.{level}.resnets.{j}"
+        shortcut[f"decoder.up.{level}.block.{j}"] = f"decoder.up_blocks.{3 - level}.resnets.{j}"
+        names[f"encoder.down.{level}.downsample.conv"] = f"encoder.down_blocks.{level}.downsamplers.0.conv"
+        names[f"decoder.up.{level}.upsample.conv"] = f"decoder.up_blocks.{3 - level}.upsamplers.0.conv"
+    return names | _inside(attention, VAE_ATTENTION) | _inside(shortcut, {"nin_shortcut": "conv_shortcut"}) | shortcut
+
+
+def _inside(blocks: dict[str, str], inner: dict[str, str]) -> dict[str, str]:
+    """Join the names of blocks with those of the layers in them."""
+    return {f"{a}.{x}": f"{b}.{y}" for (a, b), (x, y) in itertools.product(blocks.items(), inner.items())}
+
+
+TO_DIFFUSERS = {"unet": _unet_names(), "vae": _vae_names(), "text_encoder": {}}  # transformers' names are the published ones
+TO_DIFFUSERS["controlnet"] = TO_DIFFUSERS["unet"]
+FROM_DIFFUSERS = {kind: {new: old for old, new in names.items()} for kind, names in TO_DIFFUSERS.items()}
+
+
+def rename(key: str, names: dict[str, str]) -> str:
+    """Replace the longest beginning of a key that a table knows; a key that it does not know stays."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        new = names.get(".".join(parts[:n]))
+        if new is not None:
+            return ".".join([new, *parts[n:]])
+    return key
+
+
+def own_name(kind: str, key: str) -> str:
+    """Return our name of a file's key, its prefix removed, whichever layout it has."""
+    if kind == "text_encoder":
+        return key if key.startswith("text_model.") else f"text_model.{key}"
+    if kind == "vae" and ".attentions." in key:
+        block, _, rest = key.partition(".attentions.0.")
+        layer, _, tail = rest.rpartition(".")
+        key = f"{block}.attentions.0.{OLD_VAE_ATTENTION.get(layer, layer)}.{tail}"
+    return rename(key, FROM_DIFFUSERS[kind])
+
+
+def to_diffusers(kind: str, state: State) -> State:
+    """Rename a model's own state into the diffusers layout. `kind` is a key of TO_DIFFUSERS."""
+    renamed = {}
+    for key, tensor in state.items():
+        new = rename(key, TO_DIFFUSERS[kind])
+        linear = kind == "vae" and ".attentions." in new and tensor.ndim == 4
+        renamed[new] = tensor[:, :, 0, 0] if linear else tensor
+    return renamed
+
+
+# What is in a file
+
+PREFIXES = {  # in a checkpoint of several models
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.transformer.",
+    "controlnet": "control_model.",
+}
+MARKS = {  # keys of a model alone in its file, of which one is enough
+    "controlnet": ("input_hint_block.0.weight", "zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight"),
+    "unet": ("input_blocks.0.0.weight", "up_blocks.0.resnets.0.conv1.weight"),
+    "vae": ("encoder.conv_in.weight",),
+    "text_encoder": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+}
+WORDS = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "controlnet": "ControlNet"}
+
+
+@dataclass
+class Contents:
+    """What a file holds.
+
+    layout      in words, for people
+    parts       kind of model: our names of its tensors -> the file's
+    ema         the U-Net's moving average, the same way; empty if there is none
+    difference  a ControlNet that holds its difference to the U-Net it was made for
+    other       how many tensors belong to no model
+    """
+
+    file: WeightFile
+    layout: str
+    parts: dict[str, Keys]
+    ema: Keys = field(default_factory=dict)
+    difference: bool = False
+    other: int = 0
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        return {own: self.file.shapes[key] for own, key in self.parts[kind].items()}
+
+
+def contents(file: WeightFile) -> Contents:
+    """Tell what a file holds, from its keys and shapes alone.
+
+    Raises ValueError, naming what it is instead, for everything but Stable Diffusion 1.5 and its ControlNets.
+    """
+    names = {}
+    for key in file.shapes:
+        names[re.sub(r"^((module|_orig_mod)\.)+", "", key)] = key
+    refuse_others({name: file.shapes[key] for name, key in names.items()}, file.path)
+    parts: dict[str, Keys] = {}
+    flat, other = {}, 0
+    for name, key in names.items():
+        kind = next((kind for kind, prefix in PREFIXES.items() if name.startswith(prefix)), None)
+        if kind is not None:
+            parts.setdefault(kind, {})[own_name(kind, name.removeprefix(PREFIXES[kind]))] = key
+        elif name.startswith("model_ema.diffusion_model"):
+            flat[name.removeprefix("model_ema.diffusion_model")] = key
+        else:
+            other += 1
+    if parts:
+        whole = "ldm checkpoint" if "unet" in parts else "ldm"
+        layout = f"{whole} with ControlNet (v1.0)" if {"unet", "controlnet"} <= parts.keys() else whole
+        layout = "ldm ControlNet (v1.1)" if parts.keys() == {"controlnet"} else layout
+    else:
+        kind = next((kind for kind, marks in MARKS.items() if any(mark in names for mark in marks)), None)
+        if kind is None:
+            raise ValueError(
+                f"{file.path} holds no model that minicn knows (its first tensors: {', '.join(list(names)[:3])}); minicn "
+                "runs Stable Diffusion 1.5 and its ControlNets"
+            )
+        ignored = {name for name in names if name.startswith(("loss.", "model_ema.")) or name == "difference"}
+        parts[kind] = {own_name(kind, name): key for name, key in names.items() if name not in ignored}
+        new = any(own != name for own, name in zip(parts[kind], (n for n in names if n not in ignored), strict=True))
+        layout, other = ("diffusers" if new or kind == "text_encoder" else "ldm, without a prefix"), len(ignored)
+    for keys in parts.values():
+        keys.pop("text_model.embeddings.position_ids", None)  # a buffer that old files hold: 0, 1, 2, ...
+        for key in keys.values():
+            if not file.shapes[key] or 0 in file.shapes[key]:
+                raise ValueError(f"{file.path}: {key} has shape {file.shapes[key]}, which no weight has: fetch it again")
+    ema = {own: flat[own.replace(".", "")] for own in parts.get("unet", {}) if own.replace(".", "") in flat}
+    found = Contents(file, layout, parts, ema, "difference" in names, other)
+    refuse_other_widths(found)
+    return found
+
+
+def refuse_others(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raise ValueError for a file of another architecture, by the keys that give it away."""
+    control = any("zero_convs." in k or "controlnet_" in k or "input_hint_block" in k for k in shapes)
+    net = "ControlNet" if control else "model"
+
+    def has(*parts: str) -> bool:
+        return any(part in key for key in shapes for part in parts)
+
+    for what, found in (
+        ("a Control-LoRA", has("lora_controlnet")),
+        ("a LoRA", has("lora_unet", "lora_te_", ".lora_A.", ".lora_B.", "lora_up", "lora_down", "lora.up")),
+        ("a T2I-Adapter", has("body.0.in_conv.weight", "adapter.body.0") or ("conv_in.weight" in shapes and has("body.0."))),
+        ("a SparseCtrl ControlNet", has("motion_modules")),
+        ("a ControlNet Union", has("control_add_embedding", "task_embedding")),
+        (f"an SDXL {net}", has("conditioner.embedders", "label_emb.0.0.weight", "add_embedding.linear_1.weight")),
+        (
+            "a Stable Diffusion 3 or Flux model",
+            has("joint_blocks.", "double_blocks.", "transformer_blocks.0.attn.add_q_proj"),
+        ),
+        ("a Stable Diffusion 2 model", has("cond_stage_model.model.")),
+    ):
+        if found:
+            context = [shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight") and len(shape) == 2]
+            width = f" (context width {context[0]})" if context else ""
+            raise ValueError(f"{path} is {what}{width}; minicn runs Stable Diffusion 1.5 and its ControlNets")
+
+
+def refuse_other_widths(found: Contents) -> None:
+    """Raise ValueError for relatives of Stable Diffusion 1.5 that differ in a shape alone."""
+    for kind in ("unet", "controlnet"):
+        shapes = found.shapes(kind) if kind in found.parts else {}
+        first = shapes.get("input_blocks.0.0.weight", (0, 4))
+        keys = shapes.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", (0, 768))
+        what = RELATIVES.get(("context", *keys[1:2])) or RELATIVES.get(("channels", *first[1:2]))
+        if what:
+            raise ValueError(
+                f"{found.file.path} is {what.format(WORDS[kind])}; minicn runs Stable Diffusion 1.5 (context width 768, 4 "
+                "latent channels)"
+            )
+
+
+RELATIVES = {
+    ("context", 1024): "a Stable Diffusion 2 {} (context width 1024)",
+    ("context", 2048): "an SDXL {} (context width 2048)",
+    ("channels", 9): "an inpainting {} (9 input channels)",
+    ("channels", 8): "an instruct-pix2pix {} (8 input channels)",
+}
+
+
+# Our configurations, from shapes or from metadata
+
+
+def fields_of(found: Contents, kind: str) -> dict:
+    """Return the fields of a model's configuration: those that minicn wrote into the file, else read from the shapes.
+
+    Heads and groups leave no trace in the shapes: they are Stable Diffusion 1.5's unless the file says otherwise.
+    Raises ValueError, naming the tensor, where the structure is another one.
+    """
+    own = written(found).get(kind)
+    if own is not None:
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+    shapes = found.shapes(kind)
+
+    def size(key: str, dim: int) -> int:
+        if key not in shapes:
+            raise ValueError(f"{found.file.path} has no {key}: its {WORDS[kind]} is not whole, or of another structure")
+        if len(shapes[key]) <= dim:
+            raise ValueError(f"{found.file.path}: {key} has shape {shapes[key]}: its {WORDS[kind]} is of another structure")
+        return shapes[key][dim]
+
+    if kind == "vae":
+        widths = [size(f"encoder.down.{level}.block.0.conv1.weight", 0) for level in range(4)]
+        return {"channels": tuple(widths), "latent_channels": size("decoder.conv_in.weight", 1)}
+    if kind == "text_encoder":
+        embedding, layer = "text_model.embeddings.token_embedding.weight", "text_model.encoder.layers."
+        hidden = size(embedding, 1)
+        return {
+            "vocab_size": size(embedding, 0),
+            "hidden_size": hidden,
+            "intermediate_size": size(f"{layer}0.mlp.fc1.weight", 0),
+            "num_layers": len({key.split(".")[3] for key in shapes if key.startswith(layer)}),
+            "num_heads": max(hidden // 64, 1),  # CLIP's heads are 64 wide
+            "max_positions": size("text_model.embeddings.position_embedding.weight", 0),
+        }
+    base = size("input_blocks.0.0.weight", 0)
+    # Of a "difference" file even this may be missing; then the U-Net decides.
+    widths = [size(f"input_blocks.{3 * level + 1}.0.in_layers.2.weight", 0) for level in range(4)]
+    if any(width % base for width in widths):
+        raise ValueError(f"{found.file.path} has widths {widths}, but each must be a multiple of the first, {base}")
+    return {
+        "model_channels": base,
+        "in_channels": size("input_blocks.0.0.weight", 1),
+        "channel_mult": tuple(width // base for width in widths),
+        "context_dim": size("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", 1),
+    }
+
+
+def written(found: Contents) -> dict[str, dict]:
+    """Return what minicn wrote into a file's metadata; {} if it did not. Raises ValueError if that cannot be read."""
+    try:
+        content = json.loads(found.file.metadata.get("minicn", "{}"))
+        if all(isinstance(value, dict) for value in content.values()):
+            return content
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{found.file.path} has metadata of minicn that cannot be read: fetch or convert it again")
+
+
+def metadata(configs: dict[str, dict]) -> str:
+    """Return what minicn writes into a file: the fields of each model's configuration, for `fields_of`."""
+    return json.dumps(configs)
+
+
+def hint_channels_of(found: Contents) -> tuple[int, ...]:
+    """Return the widths of a ControlNet's hint encoder."""
+    shapes = found.shapes("controlnet")
+    keys = [f"input_hint_block.{i}.weight" for i in (0, 4, 8, 12)]
+    if any(key not in shapes for key in keys):
+        raise ValueError(
+            f"{found.file.path} has no {next(k for k in keys if k not in shapes)}: its hint encoder is not whole"
+        )
+    return tuple(shapes[key][0] for key in keys)
+
+
+# Into and out of modules
+
+# Methods by which numbers are written into a tensor. (Others that end in _ change what is known of it, as requires_grad_.)
+WRITES = {getattr(Tensor, f"{name}_") for name in "normal uniform zero fill copy add mul div sub clamp erfinv".split()}
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside `with`, modules are built on "meta", and nothing is written into their weights, which a file replaces.
+
+    (Filling on "meta" writes nothing, but random numbers there make PyTorch import its compiler, a second or two.) Functions
+    of nn.init and in-place methods of tensors return what they were given. It holds for this thread alone.
+    """
+
+    def __enter__(self) -> "Unfilled":
+        self.meta = torch.device("meta")
+        self.meta.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.meta.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in WRITES:
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def building(path: Path, what: str) -> Iterator[None]:
+    """Inside `with`, build a model without filling it. Raises ValueError, naming the file, for what cannot be built."""
+    try:
+        with Unfilled():
+            yield
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} describes no {what} that can be built: {error}") from error
+
+
+CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is looked at while loading; of larger ones, at first use
+
+
+def load_into(
+    model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
+    """Give a model built on "meta" the tensors of a file, without a copy where precision and device are the file's.
+
+    Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor. (Large models are
+    only mapped: a non-finite tensor is then found by `prepare`, at first use.)
+    """
+    own = model.state_dict()
+    missing, unknown = [k for k in own if k not in keys], [k for k in keys if k not in own]
+    if missing or unknown:
+        raise ValueError(
+            f"{file.path} does not fit: {len(missing)} tensors are missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(unknown)} are unknown ({', '.join(keys[k] for k in unknown[:3]) or '-'})"
+        )
+    state = {}
+    for name, like in own.items():
+        shape = file.shapes[keys[name]]
+        if shape != tuple(like.shape) and not (
+            like.ndim == 4 and shape == tuple(like.shape[:2]) and like.shape[2:] == (1, 1)
+        ):
+            raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but needs {tuple(like.shape)}")
+        tensor = file.get(keys[name])
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{file.path}: {keys[name]} holds {file.dtypes[keys[name]]}, but weights are floating-point numbers"
+            )
+        state[name] = tensor.view(like.shape).to(device, dtype)
+    model.load_state_dict(state, assign=True)
+    model.unchecked = (str(file.path), keys)
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) <= CHECKED_AT_ONCE:
+        check_finite(model)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Look at every number of a model once after loading. Raises ValueError, naming file and tensor, for NaN or infinity."""
+    path, keys = getattr(model, "unchecked", None) or (None, {})
+    if path is None:
+        return
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # a sum only reads; isfinite of each would write a mask
+            raise ValueError(f"{path}: {keys[name]} holds NaN or infinite values: the file is damaged, fetch it again")
+    model.unchecked = None
+
+
+def layout(device: str | torch.device) -> torch.memory_format:
+    """Return the memory layout in which convolutions are fast on a device.
+
+    Numerics: on MPS, channels-last gave wrong gradients up to PyTorch 2.5 (pytorch issue 142344), and takes 30 times as
+    long going backwards in those of 2026 (issue 193349).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def prepare(model: torch.nn.Module) -> None:
+    """Check a model's numbers, if that is still to be done, and put its convolutions into the faster memory layout."""
+    check_finite(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout(parameter.device))
+
+
+def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tuple[str, float]]:
+    """Return, largest first, the tensors in which a part of a file differs from a model, as ||a - b|| / ||b||."""
+    own, different = model.state_dict(), []
+    for name, key in found.parts[kind].items():
+        a, b = found.file.get(key).to(own[name].dtype).float(), own[name].float().cpu()  # as the model rounds it
+        a = a.view(b.shape)
+        if not torch.equal(a, b):
+            different.append((name, ((a - b).norm() / b.norm().clamp(min=1e-12)).item()))
+    return sorted(different, key=lambda pair: -pair[1])
+
+
+# Configurations of diffusers folders: the fields of our config classes, from and to diffusers' config.json
+
+UNET_FIELDS = {  # ours: diffusers'
+    "in_channels": "in_channels",
+    "num_res_blocks": "layers_per_block",
+    "num_heads": "attention_head_dim",  # Compat: diffusers means the number of heads by this name
+    "context_dim": "cross_attention_dim",
+    "norm_num_groups": "norm_num_groups",
+}
+VAE_FIELDS = {
+    "channels": "block_out_channels",
+    "layers_per_block": "layers_per_block",
+    "latent_channels": "latent_channels",
+    "norm_num_groups": "norm_num_groups",
+    "scaling_factor": "scaling_factor",
+}
+TEXT_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+}
+DEFAULTS = {  # of fields that a config.json may leave out
+    "in_channels": 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "attention_head_dim": 8,
+    "max_position_embeddings": 77,
+}
+
+
+def fields_from_config(fields: dict[str, str], config: dict, source: str | Path) -> dict:
+    """Return our fields from a diffusers configuration. Raises ValueError naming a field that is missing."""
+    found = {}
+    for ours, theirs in fields.items():
+        value = config.get(theirs)
+        if value is None:
+            value = DEFAULTS.get(theirs)
+        if value is None:
+            raise ValueError(f"{source} has no {theirs}: this is not a configuration of Stable Diffusion 1.5's kind")
+        found[ours] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _whole(widths: object) -> bool:
+    """Tell whether these are whole numbers from 1, at least one."""
+    return isinstance(widths, list) and bool(widths) and all(isinstance(w, int) and w > 0 for w in widths)
+
+
+FIXED = {  # settings of other models' configurations, with Stable Diffusion 1.5's values
+    "act_fn": "silu",
+    "hidden_act": "quick_gelu",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "addition_embed_type": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "prediction_type": "epsilon",
+}
+
+
+def check_fixed(config: dict, source: str | Path) -> None:
+    """Raise ValueError for a configuration that asks for what Stable Diffusion 1.5 does not do."""
+    for name, value in FIXED.items():
+        if config.get(name, value) not in (value, None):
+            raise ValueError(f"{source} wants {name} {config[name]!r}, but minicn runs Stable Diffusion 1.5 ({value!r})")
+
+
+def check_heads(heads: object, widths: list[int], source: str | Path) -> None:
+    """Raise ValueError unless a number of heads divides every width."""
+    if not isinstance(heads, int) or heads < 1 or any(width % heads for width in widths):
+        raise ValueError(f"{source} has {heads!r} attention heads, but a whole number that divides {widths} is needed")
+
+
+def vae_fields(config: dict, source: str | Path) -> dict:
+    """Return the fields of VAEConfig from a diffusers configuration."""
+    check_fixed(config, source)
+    found = fields_from_config(VAE_FIELDS, config, source)
+    factor = found["scaling_factor"]
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ValueError(f"{source} has scaling_factor {factor!r}, but a number above 0 is needed (0.18215)")
+    return found
+
+
+def text_fields(config: dict, source: str | Path) -> dict:
+    """Return the fields of TextConfig from a transformers configuration, old ones of CLIP's two towers, too."""
+    config = config.get("text_config") or config
+    check_fixed(config, source)
+    found = fields_from_config(TEXT_FIELDS, config, source)
+    check_heads(found["num_heads"], [found["hidden_size"]], source)
+    return found
+
+
+def unet_fields(config: dict, source: str | Path) -> dict:
+    """Return the fields of UNetConfig from a diffusers configuration of a U-Net or a ControlNet."""
+    check_fixed(config, source)
+    found = fields_from_config(UNET_FIELDS, config, source)
+    widths = config.get("block_out_channels")
+    if not _whole(widths) or any(width % widths[0] for width in widths):
+        raise ValueError(f"{source} has block_out_channels {widths}, but each must be a multiple of the first")
+    check_heads(found["num_heads"], widths, source)
+    return {**found, "model_channels": widths[0], "channel_mult": tuple(width // widths[0] for width in widths)}
+
+
+def unet_config(cfg, **more) -> dict:
+    """Return diffusers' configuration of a U-Net (or, with other class name and fields in `more`, a ControlNet)."""
+    down = ["CrossAttnDownBlock2D"] * (len(cfg.channel_mult) - 1) + ["DownBlock2D"]
+    up = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (len(cfg.channel_mult) - 1)
+    config = {theirs: getattr(cfg, ours) for ours, theirs in UNET_FIELDS.items()}
+    return {
+        **config,
+        "block_out_channels": [cfg.model_channels * mult for mult in cfg.channel_mult],
+        "down_block_types": down,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "act_fn": "silu",
+        "norm_eps": 1e-5,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+    } | (more or {"_class_name": "UNet2DConditionModel", "out_channels": cfg.out_channels, "up_block_types": up})
+
+
+def controlnet_config(cfg) -> dict:
+    """Return diffusers' configuration of a ControlNet."""
+    return unet_config(
+        cfg.unet,
+        _class_name="ControlNetModel",
+        conditioning_channels=3,
+        conditioning_embedding_out_channels=list(cfg.hint_channels),
+        controlnet_conditioning_channel_order="bgr" if cfg.bgr else "rgb",
+        global_pool_conditions=cfg.global_pool,
+    )
+
+
+def vae_config(cfg, sample_size: int) -> dict:
+    """Return diffusers' configuration of an autoencoder."""
+    levels = len(cfg.channels)
+    config = {theirs: getattr(cfg, ours) for ours, theirs in VAE_FIELDS.items()}
+    return {
+        "_class_name": "AutoencoderKL",
+        **config,
+        "block_out_channels": list(cfg.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": 3,
+        "out_channels": 3,
+        "act_fn": "silu",
+        "sample_size": sample_size,
+    }
+
+
+def text_config(cfg, tokenizer) -> dict:
+    """Return transformers' configuration of a CLIP text transformer.
+
+    Compat: transformers 5 computes in the precision of the file unless told, diffusers in float32; a file in half
+    precision must not make one part of a pipeline differ from the others. The key is the published folders'.
+    """
+    config = {theirs: getattr(cfg, ours) for ours, theirs in TEXT_FIELDS.items()}
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        **config,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": cfg.hidden_size,
+        "bos_token_id": tokenizer.start,
+        "eos_token_id": tokenizer.end,
+        "pad_token_id": tokenizer.end,
+        "torch_dtype": "float32",
+    }
+
+
+SCHEDULER_CONFIG = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+}
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+}

@@ -1,0 +1,143 @@
+"""What the command lines share: help with defaults, values with ranges, devices, and errors in one line."""
+
+import argparse
+import contextlib
+import ctypes
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from minicn import threads
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} ({self.prog} --help lists all options)\n")
+
+
+def parser(**settings) -> argparse.ArgumentParser:
+    """Return an argument parser whose help shows every default."""
+    return Parser(formatter_class=Formatter, **settings)
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default behind each option, but not where the help says it already, or there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or "(default" in (action.help or ""):
+            return action.help or ""
+        return super()._get_help_string(action) or ""
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Return a converter of arguments to whole numbers of a range."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            limits = f"{low} and up" if high == math.inf else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} came, but a whole number is needed, {limits}")
+        return value
+
+    return convert
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """Return a converter of arguments to finite numbers of a range."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} came, but a number is needed, {low:g} to {high:g}")
+        return value
+
+    return convert
+
+
+def device(name: str) -> torch.device:
+    """Return the device of a name; "auto" is cuda, mps or cpu, the first that is there.
+
+    Raises ValueError for a device that PyTorch does not know or this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} is not to be had here: use auto, cpu, cuda or mps") from error
+    if chosen.type == "meta":
+        raise ValueError("device 'meta' computes nothing: use auto, cpu, cuda or mps")
+    return chosen
+
+
+def add_threads(add: Callable) -> None:
+    """Add the option --threads."""
+    add("--threads", type=whole(1, 1024), help="threads to compute with (default: all; narrow models: as many as pay)")
+
+
+def pace(wanted: int | None, *models: torch.nn.Module) -> threads.Pace:
+    """Return the pace for a loop of steps of these models; a number of threads that is settled holds at once."""
+    found = threads.candidates(wanted, sum(p.numel() for model in models for p in model.parameters()))
+    if len(found) == 1:
+        torch.set_num_threads(found[0])
+    return threads.Pace(found)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensor, instead of giving it back to the system each time.
+
+    On CPUs that saves about a tenth of a training step at full width: new pages are filled with zeros first. It holds for
+    the whole process, so the command lines call it, and the library does not. GNU's C library alone knows it.
+    """
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_max, 0)
+        library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless a folder can be made and written; leave nothing that was not there before."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ValueError(f"output {folder} cannot be made: {existing} is no folder; name another --output")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output {folder} cannot be written: no permission in {existing}; name another --output")
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Print what minicn has to say as one line; other libraries' warnings are for developers."""
+    if Path(__file__).parents[1] in Path(filename).parents:
+        print(f"note: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def polite_errors(output: Path | None = None) -> Iterator[None]:
+    """Turn what a user can mend into one line on standard error and exit status 2, Ctrl-C into 130."""
+    warnings.showwarning = show_warning
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        kept = output is not None and (output / "checkpoint.pt").is_file()
+        ending = f"; {output} holds a checkpoint, --resume goes on" if kept else "; nothing to resume yet" if output else ""
+        print(f"stopped {stop}".rstrip() + ending, file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,189 @@
+"""What a training run needs of memory, before it begins: `minicn train --dry-run`.
+
+Predicted: a step on tensors that have shapes but no numbers (PyTorch's FakeTensorMode), counting what is alive. Then
+measured: the same step with numbers, by what the device, or on CPUs the operating system, says.
+"""
+
+import contextlib
+import ctypes
+import gc
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minicn import ddim, training
+from minicn.checkpoints import weights
+from minicn.controlnet import ControlNet
+from minicn.unet import UNet
+
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bytes. `peak` is the most of all at once, which is less than the sum: gradients come while activations go."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int  # what the way back needs: alive when the loss is known
+    peak: int
+
+
+class Living(TorchDispatchMode):
+    """Inside `with`, count the bytes of tensors that come to life and go: `now`, and `most` since it was last set."""
+
+    def __init__(self, before: Iterable[torch.Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in before}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return result
+
+    def gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> training.Batch:
+    """Return a part of a batch of noise: what one process takes at once."""
+    n, side, width = recipe.batch_size // (world * recipe.accumulate), size // 8, net.cfg.unet.context_dim
+    latents = torch.randn(n, net.cfg.unet.in_channels, side, side, device=device)
+    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=weights.layout(device))
+    t = torch.zeros(n, dtype=torch.long, device=device)
+    return training.Batch(t, latents, torch.randn_like(latents), hints, t, torch.randn(n, 77, width, device=device))
+
+
+def step(unet, net, optimizer, batch, alphas_cumprod, recipe: training.Recipe, seen=lambda name: None) -> None:
+    """Do what a training step does; call `seen` when the last loss is known, and when the gradients are."""
+    for i in range(recipe.accumulate):
+        with training.autocast(batch.latents.device, recipe):
+            loss = training.controlnet_loss(unet, net, batch, alphas_cumprod).sum()
+        if i == recipe.accumulate - 1:
+            seen("activations")
+        loss.backward()
+    del loss
+    seen("gradients")
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
+    """Return what a process will need, from shapes alone.
+
+    size  pixels a side; world  processes that share the batch
+    """
+    with FakeTensorMode(), torch.device(device):
+        unet, net = UNet(unet.cfg), ControlNet(net.cfg)
+        for model in (unet, net):
+            model.gradient_checkpointing = recipe.gradient_checkpointing
+            weights.prepare(model)
+        groups = training.lock(unet, net, recipe)
+        optimizer = torch.optim.AdamW(groups, fused=training.fused(device, recipe))
+        batch, abar = example(net, recipe, size, world, device), torch.rand(ddim.NUM_TRAIN_TIMESTEPS)
+        parameters = [p for model in (unet, net) for p in model.parameters()]
+        learned = size_of(p for group in groups for p in group["params"])
+        alive = {}
+        with Living([*parameters, *vars(batch).values(), abar]) as living:
+            for p in (p for group in groups for p in group["params"]):
+                p.grad = torch.zeros_like(p)
+            optimizer.step()  # makes the moments
+            optimizer.zero_grad()
+            gc.collect()  # fake tensors point at each other
+            optimiser, living.most = living.now, living.now
+            step(unet, net, optimizer, batch, abar, recipe, lambda name: alive.update({name: living.now - optimiser}))
+        held = learned if recipe.accumulate > 1 else 0  # gradients of the parts before
+        whole = size_of(parameters)
+    return Ledger(whole, learned, optimiser, alive["activations"] - held, whole + living.most)
+
+
+def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
+    """Return what a step on noise took, the third of three. The models learn; the run must end here."""
+    whole = size_of(p for model in (unet, net) for p in model.parameters())
+    optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=training.fused(device, recipe))
+    batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
+    for model in (unet, net):
+        model.gradient_checkpointing = recipe.gradient_checkpointing
+    alive = {}
+    warm_up = torch.optim.SGD(net.parameters(), lr=0.0)  # keeps no moments
+    step(unet, net, warm_up, batch, abar, recipe)  # libraries fetch what they keep for good
+    before = allocated(device)
+    step(unet, net, optimizer, batch, abar, recipe)
+    optimiser = allocated(device) - before
+
+    def note(name: str) -> None:
+        alive[name] = allocated(device) - before - optimiser
+
+    with Peak(device) as peak:
+        step(unet, net, optimizer, batch, abar, recipe, note)
+    held = alive["gradients"] if recipe.accumulate > 1 else 0
+    return Ledger(whole, alive["gradients"], optimiser, alive["activations"] - held, whole + peak.bytes - before)
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def allocated(device: torch.device) -> int:
+    """Return the bytes in use: of tensors on a GPU; on CPUs, where only the system knows, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(AttributeError, OSError):  # not with every C library
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, which counts
+    return kilobytes(STATUS, "VmRSS")
+
+
+class Peak:
+    """Inside `with`, note the most bytes in use."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the system forgets the highest so far
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bytes = (
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else kilobytes(STATUS, "VmHWM")
+        )
+
+
+def free(device: torch.device) -> int | None:
+    """Return the bytes that are free; None where neither device nor system says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return kilobytes(Path("/proc/meminfo"), "MemAvailable") if device.type == "cpu" and STATUS.is_file() else None
+
+
+def kilobytes(path: Path, name: str) -> int:
+    """Return a number of a table of Linux, in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
+
+
+def table(predicted: Ledger, measured: Ledger | None) -> str:
+    """Return the ledger in lines, in MB."""
+    lines = [f"{'MB':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
+    for name, value in vars(predicted).items():
+        found = getattr(measured, name) if measured else None
+        more = "" if found is None else f"{found / 1e6:12,.1f}" + (f"{value / found:8.2f}" if found > 0 else "")
+        lines.append(f"{name:<12}{value / 1e6:12,.1f}{more}")
+    return "\n".join(lines)

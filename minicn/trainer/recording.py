@@ -1,0 +1,338 @@
+"""What a training leaves on disk, and how it is watched: log, sheets, checkpoints, validation.
+
+The loss says nothing about following: it hardly changes when a ControlNet suddenly begins to obey. So the same hints and
+seeds are drawn at every stage and scored, and numbers that do change are logged beside the loss.
+"""
+
+import contextlib
+import csv
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+from minicn import ddim
+from minicn.controlnet import ControlNet
+from minicn.pipeline import StableDiffusion
+from minicn.toy import measures
+from minicn.vae import VAE
+
+FOLLOWS = 0.3  # the score from which a ControlNet is said to follow
+QUARTERS = (125, 375, 625, 875)  # timesteps that stand for the quarters of the schedule
+
+
+def stack(pictures: Sequence[np.ndarray]) -> Tensor:
+    """Return pictures (H, W, 3) uint8 as one tensor (N, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def encode(vae: VAE, images: Tensor, batch_size: int = 32) -> Tensor:
+    """Return scaled latents (N, 4, H/8, W/8) on the CPU of pictures (N, 3, H, W) uint8: the means, without noise."""
+    chunks, like = [], vae.quant_conv.weight
+    for chunk in tqdm(images.split(batch_size), desc="encoding", unit="batch", leave=False):
+        chunk = (chunk.to(like.device).float() / 127.5 - 1).to(like.dtype)
+        chunks.append(vae.encode(chunk)[0].float().cpu() * vae.cfg.scaling_factor)
+    return torch.cat(chunks)
+
+
+class Validation:
+    """The same hints, prompts and seeds at every stage: drawn, scored, and measured.
+
+    truths, hint_pictures  (H, W, 3) uint8, all of one size
+    measure                (image, wanted) -> value in [0, 1]: how well a picture follows, e.g. measures.measure("depth")
+    wanted                 what `measure` compares each picture with, e.g. the scenes; default: the truths
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        truths: list[np.ndarray],
+        hint_pictures: list[np.ndarray],
+        captions: list[str],
+        guidance_scale: float,
+        seed: int = 0,
+        num_steps: int = 10,
+        measure: Callable[..., float] = measures.edge_f1,
+        wanted: Sequence | None = None,
+    ):
+        self.measure, self.wanted = measure, truths if wanted is None else wanted
+        self.sd, self.truths, self.hint_pictures, self.captions = sd, truths, hint_pictures, captions
+        self.guidance_scale, self.seed, self.num_steps = guidance_scale, seed, num_steps
+        self.hints = stack(hint_pictures).float() / 255
+        self.latents = encode(sd.vae, stack(truths))
+        decoded = [image for part in self.latents.split(16) for image in sd.decode_latents(part.to(sd.device))]
+        self.ceiling = measures.mean(measure, decoded, self.wanted)
+        self.floor = measures.mean(measure, self.draw(None), self.wanted)
+
+    def draw(self, net: ControlNet | None) -> list[Image.Image]:
+        """Draw every hint with its prompt, or without the ControlNet."""
+        height, width = self.truths[0].shape[:2]
+        return self.sd.generate(
+            self.captions,
+            hint=None if net is None else self.hints,
+            controlnet=net,
+            num_steps=self.num_steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+            height=height,
+            width=width,
+        )
+
+    def score(self, images: list[Image.Image]) -> float:
+        """Return the following score of pictures from `draw`: 0 without control, 1 as good as the autoencoder."""
+        return measures.score(measures.mean(self.measure, images, self.wanted), self.floor, self.ceiling)
+
+    @torch.no_grad()
+    def losses(self, net: ControlNet, most: int = 8) -> dict[str, float]:
+        """Return what changes while a ControlNet learns, with fixed noise, over up to `most` of the pictures.
+
+        loss_q1 .. loss_q4  mean squared error in each quarter of the timesteps, the least noisy first
+        sensitivity         ||eps(c) - eps(c')|| / ||eps(c)||, where c' is another picture's hint, or a blank one
+        """
+        sd, n = self.sd, min(most, len(self.captions))
+        device, dtype = sd.device, sd.dtype
+        x_0, hints = self.latents[:n].to(device), self.hints[:n].to(device, dtype)
+        noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(self.seed)).to(device)
+        others = hints.roll(1, 0) if n > 1 else torch.zeros_like(hints)
+        context, found, changed, size = sd.encode_prompts(self.captions[:n]), {}, 0.0, 0.0
+        for i, t in enumerate(QUARTERS, 1):
+            x_t = ddim.add_noise(x_0, noise, sd.alphas_cumprod[t]).to(dtype)
+            steps = torch.full((n,), t, device=device)
+            eps, other = (sd.unet(x_t, steps, context, net(x_t, c, steps, context)).float() for c in (hints, others))
+            found[f"loss_q{i}"] = F.mse_loss(eps, noise).item()
+            changed, size = changed + (eps - other).square().sum().item(), size + eps.square().sum().item()
+        return {**found, "sensitivity": math.sqrt(changed / size)}
+
+
+def words(score: float) -> str:
+    """Write a score with two digits, and never as -0.00."""
+    return f"{score:.2f}".replace("-0.00", "0.00")
+
+
+def zero_norms(net: ControlNet) -> dict[str, float]:
+    """Return the norm of each of the 13 zero convolutions' weights: zero_0 .. zero_11, zero_middle."""
+    names = [f"zero_{i}" for i in range(len(net.zero_convs))] + ["zero_middle"]
+    layers = [*(zero[0] for zero in net.zero_convs), net.middle_block_out[0]]
+    return {name: layer.weight.detach().float().norm().item() for name, layer in zip(names, layers, strict=True)}
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """Write a checkpoint under a temporary name and rename it: a kill leaves the old or the new one whole.
+
+    Raises OSError, saying so, if the disk is full.
+    """
+    temporary = path.with_suffix(".part")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(
+            f"{path} cannot be written ({' '.join(str(error).split())[:100]}): free space, then --resume goes on from the "
+            "checkpoint before, which is whole"
+        ) from error
+
+
+def check_resume(checkpoint: Path, resume: bool) -> None:
+    """Raise an error if there is a checkpoint that nobody asked to resume, or none where somebody did."""
+    if checkpoint.is_file() and not resume:
+        raise ValueError(f"{checkpoint.parent} already holds a run: --resume goes on with it, another --output begins anew")
+    if resume and not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint.parent} holds no checkpoint: leave out --resume to begin anew")
+
+
+class Run:
+    """The folder of a training run: log.csv, stages/*.png, sheet.png, checkpoint.pt, controlnet.safetensors.
+
+    settings  what must be the same when a run is resumed, but for `steps`, which may grow
+    keep      how many older checkpoints stay, as checkpoint-STEP.pt
+    """
+
+    def __init__(self, folder: Path, settings: dict, keep: int = 0):
+        self.folder, self.settings, self.keep = folder, settings, keep
+        self.rows: list[dict] = []
+        self.losses: list[float] = []  # since the last row
+        self._lock = None
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def encoded(self) -> Path:
+        """Latents and text features of a data folder, for `resume`."""
+        return self.folder / "encoded.safetensors"
+
+    def prepare(self, resume: bool) -> None:
+        """Make the folder. Raises ValueError if it holds a run already, or none to resume, or another process uses it."""
+        check_resume(self.checkpoint, resume)
+        if not resume:
+            self.encoded.unlink(missing_ok=True)
+        (self.folder / "stages").mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:  # Compat: not on Windows
+            return
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  (held, and so locked, until the process ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{self.folder} is in use by another run: wait for it, or name another --output") from error
+
+    def release(self) -> None:
+        """Let other processes use the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def save(self, step: int, state: dict) -> None:
+        """Write the checkpoint; keep as many older ones as asked for. `state` is what `resume` is to give back."""
+        before = self.checkpoint.is_file() and self.keep
+        if before:
+            done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
+            with contextlib.suppress(FileExistsError):
+                os.link(self.checkpoint, self.folder / f"checkpoint-{done:08d}.pt")
+        state = {**state, "step": step, "settings": self.settings, "rows": self.rows, "losses": self.losses}
+        save_whole(state, self.checkpoint)
+        for old in sorted(self.folder.glob("checkpoint-*.pt"))[: -self.keep or None]:
+            old.unlink()
+
+    def load(self) -> dict:
+        """Return the newest checkpoint that is whole.
+
+        Raises ValueError if it was made with other settings, or has done more steps, or none is whole.
+        """
+        for path in (self.checkpoint, *sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)  # a card's, on a machine without, too
+                break
+            except Exception:  # whatever a damaged file makes PyTorch's reader raise
+                continue
+        else:
+            raise ValueError(f"{self.checkpoint} is damaged, and no older one is kept: begin anew in another --output")
+        for name, value in self.settings.items():
+            before = state["settings"].get(name)
+            if before != value and name != "steps":
+                raise ValueError(f"{path} was made with --{name.replace('_', '-')} {before}, not {value}: give the same")
+        if state["step"] > self.settings["steps"]:
+            raise ValueError(f"{path} has done {state['step']} steps already: give more --steps")
+        self.rows, self.losses = state["rows"], state["losses"]
+        return state
+
+    def log(self, **row) -> None:
+        """Add a row to log.csv, which is always the whole table."""
+        self.rows.append(row)
+        with open(self.folder / "log.csv", "w", newline="") as file:
+            table = csv.DictWriter(file, list(row))
+            table.writeheader()
+            table.writerows(self.rows)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # TensorBoard is not installed
+            return
+        with SummaryWriter(self.folder / "tensorboard") as board:
+            for name, value in row.items():
+                if name != "step" and not math.isnan(value):
+                    board.add_scalar(name, value, row["step"])
+
+    def save_stage(self, step: int, images: list[Image.Image]) -> None:
+        """Keep the pictures of a stage as one column, for the sheets to come."""
+        column = np.concatenate([np.asarray(image) for image in images])
+        Image.fromarray(column).save(self.folder / "stages" / f"{step:06d}.png")
+
+    def save_sheet(self, validation: Validation, rows: int = 6, most: int = 11) -> Path:
+        """Draw sheet.png: hint, truth, then the same seeds at up to `most` stages: the first, the last, those around the
+        one where it begins to follow, the others evenly chosen.
+        """
+        stages = [(0, None)] + [(row["step"], row["score"]) for row in self.rows if row["step"]]
+        begins = next((i for i, row in enumerate(self.rows) if row["score"] >= FOLLOWS), None)
+        around = [] if begins is None else list(range(max(begins - 2, 0), min(begins + 2, len(stages))))
+        others = [i for i in range(len(stages)) if i not in around]
+        evenly = np.linspace(0, len(others) - 1, min(most - len(around), len(others)))
+        stages = [stages[i] for i in sorted(around + [others[round(k)] for k in evenly])]
+        columns = [("hint", np.concatenate(validation.hint_pictures)), ("truth", np.concatenate(validation.truths))]
+        for step, score in stages:
+            title = f"step {step}" + ("\nno control" if score is None else f"\nscore {words(score)}")
+            columns.append((title, np.asarray(Image.open(self.folder / "stages" / f"{step:06d}.png"))))
+        side = validation.truths[0].shape[0]
+        height = min(rows, len(validation.truths)) * side
+        head, gap = 30, 4
+        sheet = Image.new("RGB", (len(columns) * (side + gap) - gap, head + height), "white")
+        draw = ImageDraw.Draw(sheet)
+        for i, (title, column) in enumerate(columns):
+            draw.text((i * (side + gap) + 3, 1), title, fill="black", spacing=1)
+            sheet.paste(Image.fromarray(column[:height]), (i * (side + gap), head))
+        path = self.folder / "sheet.png"
+        sheet.save(path)
+        return path
+
+    def save_curve(self) -> Path | None:
+        """Draw curve.png, loss and score over the steps, if matplotlib is installed."""
+        try:
+            from matplotlib import pyplot
+        except ImportError:
+            return None
+        steps = [row["step"] for row in self.rows]
+        figure, axes = pyplot.subplots(2, 1, sharex=True, figsize=(7, 5))
+        for axis, name in zip(axes, ("score", "loss"), strict=True):
+            axis.plot(steps, [row[name] for row in self.rows], marker=".")
+            axis.set_ylabel({"score": "following score", "loss": "training loss"}[name])
+            axis.grid(alpha=0.3)
+        axes[1].set_xlabel("step")
+        figure.savefig(self.folder / "curve.png", dpi=110)
+        pyplot.close(figure)
+        return self.folder / "curve.png"
+
+    def finish(self) -> None:
+        """Draw the curve and say what became of the run."""
+        self.save_curve()
+        print(self.verdict())
+        print(f"Weights: {self.folder / 'controlnet.safetensors'}, and for diffusers {self.folder / 'diffusers'}")
+
+    def verdict(self) -> str:
+        """Say in a sentence at which step the ControlNet began to follow."""
+        if math.isnan(self.rows[-1]["score"]):
+            return "No picture was drawn on the way, so nothing can be said about following."
+        for before, row in zip(self.rows, self.rows[1:], strict=False):
+            if row["score"] >= FOLLOWS:
+                return (
+                    f"It began to follow between step {before['step']} (score {words(before['score'])}) and step "
+                    f"{row['step']} (score {words(row['score'])}); the last score is {words(self.rows[-1]['score'])}."
+                )
+        last = self.rows[-1]
+        return f"After {last['step']} steps it does not follow yet (score {words(last['score'])}): train longer."
+
+
+class StopRequest:
+    """Inside `with`, the first Ctrl-C or SIGTERM only sets `asked`, so that a step is never left half done.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self._before = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # the only one that signals reach
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
