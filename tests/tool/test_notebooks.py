@@ -75,11 +75,14 @@ def test_what_a_notebook_names_exists(name):
     check_links(prose(name))
     for path in re.findall(r"`((?:minicn|tests|benchmarks|docs|notebooks)/[\w./]*)`", prose(name)):
         assert (ROOT / path).exists(), path
-    modules = "|".join(path.stem for path in (ROOT / "minicn").glob("[a-z]*.py"))
-    for module, attribute in re.findall(rf"`(?:minicn\.)?({modules})\.(\w+)", prose(name)):
-        assert attribute == "py" or hasattr(importlib.import_module(f"minicn.{module}"), attribute), f"{module}.{attribute}"
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "minicn").rglob("[a-z]*.py")]
+    modules = {path.name: ".".join(path.parts) for path in files} | {
+        room: f"minicn.{room}" for room in ("conditions", "toy")
+    }
+    for module, attribute in re.findall(rf"`(?:minicn\.)?({'|'.join(modules)})\.(\w+)", prose(name)):
+        assert attribute == "py" or hasattr(importlib.import_module(modules[module]), attribute), f"{module}.{attribute}"
     for attribute in re.findall(r"`minicn\.(\w+)", prose(name)):
-        assert hasattr(minicn, attribute) or (ROOT / "minicn" / f"{attribute}.py").exists(), attribute
+        assert hasattr(minicn, attribute) or attribute in modules, attribute
 
 
 def check_links(text: str) -> None:

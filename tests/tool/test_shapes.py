@@ -32,6 +32,7 @@ from minicn.toy import judging, measures
 from minicn.trainer import data, pretraining
 from minicn.unet import Conv3x3
 
+PACKAGE = Path(minicn.__file__).parent
 SHAPE = re.compile(r"(?:(\w+)`? )?\(([^()]*,[^()]*)\)(?: +(u?int\d+|float\d+|bool)\b)?")  # with the words around it
 NAME = re.compile(r"(?<![A-Za-z_])(?!(?:or|more|rounded|up)\b)[A-Za-z_]+")
 LETTER = re.compile(r"[^\W\d_abjstxyRG](_\w+)?")  # the others are coordinates and colours: (x, y), min(R, G, B)
@@ -79,7 +80,8 @@ def claims_of(file: Path) -> dict[tuple, list[Claim]]:
     nodes = list(ast.walk(ast.parse(source)))
     functions, classes = ([n for n in nodes if isinstance(n, kind)] for kind in (ast.FunctionDef, ast.ClassDef))
     place = {f: (str(file), min([f.lineno, *(d.lineno for d in f.decorator_list)])) for f in functions}
-    place |= {c: (f"minicn.{file.stem}", c.name) for c in classes}
+    module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    place |= {c: (module, c.name) for c in classes}
     for f in functions:
         parameters = {a.arg for a in (*f.args.args, *f.args.kwonlyargs)}
         found[place[f]] += docstring_claims(f, parameters, f"{file.name}:{f.lineno} {f.name}")
@@ -341,7 +343,7 @@ def files(folder: Path):
 
 def test_every_stated_shape_is_what_comes(tmp_path):
     """No claim about a shape is wrong, and none was left out."""
-    watch = Watch(Path(minicn.__file__).parent)
+    watch = Watch(PACKAGE)
     with watch.running():
         sd = minicn.StableDiffusion.load("toy")
         published_widths(sd)

@@ -544,6 +544,6 @@ def test_a_dry_run_prints_the_ledger_and_leaves_nothing(folder, tmp_path, capsys
 
 def test_a_dry_run_says_why_nothing_was_measured(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "free", lambda device: 1_000_000)
-    monkeypatch.setattr(memory, "predict", lambda *_: memory.Ledger(*[10**9] * 5))
+    monkeypatch.setattr(memory, "predict", lambda *_: memory.Ledger(0, 0, 0, 0, peak=10**9))
     assert command(folder, tmp_path / "out", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "not measured: only 1 MB are free"
