@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, ddim, training
-from minicn.checkpoints import files, weights
+from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, ddim, fast, training
+from minicn.checkpoints import files
 from minicn.commands import cli
 from minicn.trainer import memory
 
@@ -65,7 +65,7 @@ def fill(model: torch.nn.Module) -> torch.nn.Module:
 def our_step(args, device):
     """Return a step of minicn as a function, plain training of the U-Net included."""
     unet = fill(UNet(NARROW if args.narrow else UNetConfig())).to(device)
-    weights.prepare(unet)
+    fast.prepare(unet)
     recipe = training.Recipe(steps=1, batch_size=args.batch_size, gradient_checkpointing=args.one == "checkpointing")
     net = fill(ControlNet(ControlNetConfig(unet.cfg))).to(device) if args.one != "plain" else None
     batch = memory.example(net or ControlNet(ControlNetConfig(NARROW)), recipe, args.size, 1, device)
@@ -83,10 +83,11 @@ def our_step(args, device):
             optimizer.zero_grad()
 
         return plain
-    weights.prepare(net)
+    fast.prepare(net)
     recipe = training.Recipe(steps=1, batch_size=args.batch_size, connect="middle" if args.one == "middle" else "all")
     optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=True)
-    unet.gradient_checkpointing = net.gradient_checkpointing = args.one == "checkpointing"
+    for model in (unet, net):
+        fast.recompute(model, args.one == "checkpointing")
     return lambda: memory.step(unet, net, optimizer, batch, abar, recipe)
 
 
@@ -181,7 +182,7 @@ def ledgers(args) -> None:
     cfg = NARROW if args.narrow else UNetConfig()
     for settings in ({}, {"gradient_checkpointing": True}, {"connect": "middle"}, {"accumulate": args.batch_size}):
         unet, net = fill(UNet(cfg)).to(device), fill(ControlNet(ControlNetConfig(cfg))).to(device)
-        weights.prepare(unet), weights.prepare(net)
+        fast.prepare(unet), fast.prepare(net)
         recipe = training.Recipe(**{"steps": 1, "batch_size": args.batch_size} | settings)
         predicted = memory.predict(unet, net, recipe, args.size, 1, device)
         measured = memory.measure(unet, net, recipe, args.size, 1, device)

@@ -5,16 +5,14 @@ checkpoints. `ControlledBlock` is eq. (2) for any block, `ControlNet` the same i
 """
 
 import copy
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minicn.checkpoints import files, hub, weights
-from minicn.unet import TextKeys, UNet, UNetConfig, build_encoder, check_inputs, embed_timesteps, run, zero_module
+from minicn.unet import UNet, UNetConfig, build_encoder, check_inputs, zero_module
 
 
 def zero_conv(c_in: int, c_out: int | None = None, kernel_size: int = 1) -> nn.Conv2d:
@@ -81,15 +79,15 @@ def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), pape
         for c in (16, 32, 64):
             layers += [nn.Conv2d(width, c, 4, stride=2, padding=1), nn.ReLU()]
             width = c
-        return nn.Sequential(*start(layers), zero_conv(width, c_out))
+        return nn.Sequential(*init_he(layers), zero_conv(width, c_out))
     layers = [nn.Conv2d(3, channels[0], 3, padding=1), nn.SiLU()]
     for c, wider in zip(channels[:-1], channels[1:], strict=True):
         layers += [nn.Conv2d(c, c, 3, padding=1), nn.SiLU(), nn.Conv2d(c, wider, 3, stride=2, padding=1), nn.SiLU()]
     # Paper vs code: this zero convolution is 3x3, the thirteen others are 1x1.
-    return nn.Sequential(*start(layers), zero_conv(channels[-1], c_out, kernel_size=3))
+    return nn.Sequential(*init_he(layers), zero_conv(channels[-1], c_out, kernel_size=3))
 
 
-def start(layers: list[nn.Module]) -> list[nn.Module]:
+def init_he(layers: list[nn.Module]) -> list[nn.Module]:
     """Give convolutions their first weights, of He et al., arXiv:1502.01852, by which a signal keeps its size.
 
     Paper vs code: the released training code leaves them as PyTorch makes them, by which the difference between two
@@ -108,12 +106,11 @@ class ControlNet(nn.Module):
     def __init__(self, cfg: ControlNetConfig | None = None):
         super().__init__()
         self.cfg = cfg = cfg or ControlNetConfig()
-        self.time_embed, self.input_blocks, self.middle_block, skips = build_encoder(cfg.unet)
+        self.time_embed, self.input_blocks, self.middle_block, skip_channels = build_encoder(cfg.unet)
         self.input_hint_block = hint_encoder(cfg.unet.model_channels, cfg.hint_channels, cfg.paper_hint_encoder)
-        self.zero_convs = nn.ModuleList(nn.Sequential(zero_conv(c)) for c in skips)  # Compat: key zero_convs.{i}.0
-        self.middle_block_out = nn.Sequential(zero_conv(skips[-1]))
+        self.zero_convs = nn.ModuleList(nn.Sequential(zero_conv(c)) for c in skip_channels)  # Compat: key zero_convs.{i}.0
+        self.middle_block_out = nn.Sequential(zero_conv(skip_channels[-1]))
         self.only_middle = False  # the small-scale regime: the other twelve are not connected, and not computed
-        self.gradient_checkpointing = False
 
     @classmethod
     def from_unet(
@@ -136,77 +133,18 @@ class ControlNet(nn.Module):
         device: str | torch.device = "cpu",
         variant: str | None = None,
     ) -> "ControlNet":
-        """Load a ControlNet, whichever published layout it has.
+        """Load a ControlNet in any published layout, or "toy-canny"; see `checkpoints.models.load_controlnet`."""
+        from minicn.checkpoints import models
 
-        source   a diffusers folder; a .safetensors, .pth, .ckpt or .bin file; a Hugging Face repository; or "toy-canny"
-        unet     the U-Net to be controlled: the ControlNet must fit its widths, and "difference" files are added to it
-        variant  of a folder's weights, as "fp16"
-        Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. Warns if the file
-        holds a U-Net of its own (v1.0, "control_sd15_*.pth") that is not `unet`.
-        """
-        path = hub.resolve(source, variant)
-        config: dict = {}
-        if not (path / "config.json").is_file() and (path / "controlnet.safetensors").is_file():
-            path = path / "controlnet.safetensors"  # the folder of a training run
-        if path.is_dir():
-            config = files.read_json(path / "config.json")
-            file = files.open_weights(files.find_weights(path, ("diffusion_pytorch_model",), variant))
-        else:
-            file = files.open_weights(path)
-        found = weights.contents(file)
-        if "controlnet" not in found.parts:
-            held = ", ".join(weights.WORDS[kind] for kind in found.parts)
-            raise ValueError(f"{file.path} holds no ControlNet, but: {held}; give it as the model instead")
-        with weights.building(file.path, "ControlNet"):
-            if config:
-                shape = UNetConfig(**weights.unet_fields(config, path / "config.json"))
-            elif found.difference:
-                if unet is None:
-                    raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
-                shape = unet.cfg
-            else:
-                shape = UNetConfig(**weights.fields_of(found, "controlnet"))
-            hints = weights.written(found).get("hints", {})
-            paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
-            cfg = ControlNetConfig(
-                shape,
-                hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
-                paper_hint_encoder=paper,
-                # Compat: nothing in a published single file tells, so the field goes by the name.
-                global_pool=config.get("global_pool_conditions", hints.get("global_pool", "shuffle" in path.name)),
-                bgr=config.get("controlnet_conditioning_channel_order", "bgr" if hints.get("bgr") else "rgb") == "bgr",
-            )
-            if unet is not None and unet.cfg != cfg.unet:
-                raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
-            net = cls(cfg)
-        if found.difference:
-            found.file, found.parts["controlnet"] = _add_difference(found, unet, net)
-        weights.load_into(net, found.file, found.parts["controlnet"], dtype, device)
-        if unet is not None and "unet" in found.parts and not unet.out[2].weight.is_meta:
-            _warn_of_another_unet(found, unet)
-        return net.eval()
+        return models.load_controlnet(source, unet, dtype, device, variant)
 
     def save(self, path: str | Path, layout: str = "ldm", dtype: torch.dtype | None = None) -> None:
-        """Write the weights, in their own precision unless `dtype` is given.
+        """Write an "ldm" file or a "diffusers" folder; see `checkpoints.models.save_model`."""
+        from minicn.checkpoints import models
 
-        path    layout "ldm": a .safetensors file with the names of the official ones; "diffusers": a folder with config.json
-        Raises ValueError for another layout, or the paper's hint encoder in diffusers, which has none.
-        """
-        state = {key: tensor.to(dtype or tensor.dtype) for key, tensor in self.state_dict().items()}
-        if layout == "ldm":
-            state = {weights.PREFIXES["controlnet"] + key: tensor for key, tensor in state.items()}
-            hints = {"global_pool": self.cfg.global_pool, "bgr": self.cfg.bgr}
-            files.write(path, state, {"minicn": weights.metadata({"controlnet": asdict(self.cfg.unet), "hints": hints})})
-        elif layout == "diffusers":
-            if self.cfg.paper_hint_encoder:
-                raise ValueError('diffusers has no place for the hint encoder of the paper: save with layout "ldm"')
-            files.write_json(Path(path) / "config.json", weights.controlnet_config(self.cfg))
-            file = Path(path) / "diffusion_pytorch_model.safetensors"
-            files.write(file, weights.to_diffusers("controlnet", state))
-        else:
-            raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
+        models.save_model("controlnet", self, path, layout, dtype)
 
-    def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:
         """Return 12 residuals for the skips (None where `only_middle`), then 1 for the middle block.
 
         x          (B, 4, h, w)    noisy latents
@@ -223,54 +161,21 @@ class ControlNet(nn.Module):
         """Return E(hint) of eq. (9), (B, C, h, w), which does not change from step to step."""
         return self.input_hint_block(hint.flip(1) if self.cfg.bgr else hint)
 
-    def residuals(
-        self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor | TextKeys, emb: Tensor | None = None
-    ) -> list[Tensor]:
-        """Do what `forward` does from hint_features (B, C, h, w), E(hint): a sampler computes that once, not every step.
-
-        context  also `TextKeys`, computed once by a sampler
-        emb      (1 or B, 4 C), the timesteps embedded, likewise
-        """
+    def residuals(self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:
+        """Do what `forward` does from hint_features (B, C, h, w), E(hint): a sampler computes that once, not every step."""
         check_inputs(self.cfg.unet, x, timesteps, context)
-        emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb
+        emb = self.time_embed(timesteps)
         # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after.
         h = self.input_blocks[0](x, emb, context) + hint_features
-        control = [None if self.only_middle else self.zero_convs[0](h)]
-        for block, zero in zip(self.input_blocks[1:], self.zero_convs[1:], strict=True):
-            h = run(block, self.gradient_checkpointing, h, emb, context)
-            control.append(None if self.only_middle else zero(h))
-        h = run(self.middle_block, self.gradient_checkpointing, h, emb, context)
-        control.append(self.middle_block_out(h))
+        features = [h]
+        for block in self.input_blocks[1:]:
+            h = block(h, emb, context)
+            features.append(h)
+        control = [None if self.only_middle else zero(f) for zero, f in zip(self.zero_convs, features, strict=True)]
+        control.append(self.middle_block_out(self.middle_block(h, emb, context)))
         if self.cfg.global_pool:
             control = [c if c is None else c.mean((2, 3), keepdim=True) for c in control]
         return control
-
-
-def _add_difference(found: weights.Contents, unet: UNet, net: ControlNet) -> tuple[files.WeightFile, weights.Keys]:
-    """Return the whole weights of a "difference" file: copied layers hold copy - U-Net, or nothing where that is small."""
-    keys, base, state = found.parts["controlnet"], unet.state_dict(), {}
-    for name in net.state_dict():
-        if name in keys:
-            state[name] = found.file.get(keys[name])
-        copied = name.startswith(("time_embed.", "input_blocks.", "middle_block."))
-        if copied:
-            whole = base[name].detach().float().cpu()
-            state[name] = whole + state[name].float().view(whole.shape) if name in state else whole
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
-    return files.WeightFile(found.file.path, state.__getitem__, shapes, dtypes), {name: name for name in state}
-
-
-def _warn_of_another_unet(found: weights.Contents, unet: UNet) -> None:
-    """Say so if the file's own U-Net, with which the ControlNet was trained, is another one."""
-    different = weights.differences(found, "unet", unet)
-    if different:
-        name, most = different[0]
-        warnings.warn(
-            f"{found.file.path} holds a U-Net of its own: {len(different)} of {len(found.parts['unet'])} tensors differ "
-            f"from this base (most, by {most:.2g}: {name}); to draw with it, load the file as the model",
-            stacklevel=3,
-        )
 
 
 def check_hint(hint: Tensor, latents: Tensor) -> None:

@@ -1,11 +1,14 @@
-"""The noise schedule, the forward process, guidance and the DDIM step.
+"""The noise schedule, the forward process, guidance, the DDIM step and the sampler's loop.
 
 Source: Ho et al., arXiv:2006.11239 (forward process); Song et al., arXiv:2010.02502 (DDIM; that paper's alpha is our
 abar = alphas_cumprod); Ho and Salimans, arXiv:2207.12598 (guidance). Left out: other samplers, clipping of x_0.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -62,5 +65,43 @@ def ddim_step(
     x_0 = (x_t - (1 - abar_t).sqrt() * eps) / abar_t.sqrt()
     if eta == 0:
         return abar_s.sqrt() * x_0 + (1 - abar_s).sqrt() * eps
+    if noise is None:
+        raise ValueError(f"eta is {eta}, but no noise came: give standard normal noise shaped like x_t, or eta 0")
     sigma = eta * ((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)).sqrt()
     return abar_s.sqrt() * x_0 + (1 - abar_s - sigma**2).clamp(min=0).sqrt() * eps + sigma * noise
+
+
+def sample(
+    predict: Callable[[Tensor, int, int], Tensor],
+    x: Tensor,
+    abar: Tensor,
+    num_steps: int,
+    begin: int = 0,
+    *,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    after: Callable[[Tensor, int], Tensor] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Return clean latents (B, 4, h, w) from noisy ones x, by the DDIM sampler.
+
+    predict    gives the noise in x at timestep t, in step i of num_steps: eps = predict(x, t, i)
+    x          (B, 4, h, w)  float32; at step 0 pure noise
+    abar       (1000,)       alphas_cumprod
+    begin      the first step, 0 to num_steps - 1, where x is an image that was noised so far
+    eta        0 is DDIM; 1 adds as much noise as DDPM does, of `generator`, on the CPU
+    after      changes x after step i: x = after(x, i)
+    """
+    visited = timesteps(num_steps)
+    for i in tqdm(range(begin, num_steps), desc="denoising", unit="step", disable=not progress):
+        eps = predict(x, visited[i], i)
+        noise = torch.randn(x.shape, generator=generator).to(x) if eta else None
+        x = ddim_step(x, eps, abar[visited[i]], abar[next_timestep(visited[i], num_steps)], eta, noise)
+        if after is not None:
+            x = after(x, i)
+    return x
+
+
+def next_timestep(t: int, num_steps: int) -> int:
+    """Return the timestep that a step from t leads to; the last one leads to 0, as in Stable Diffusion, not to clean."""
+    return max(t - NUM_TRAIN_TIMESTEPS // num_steps, 0)

@@ -3,76 +3,28 @@
 Source: Rombach et al., arXiv:2112.10752; with a ControlNet, Zhang and Agrawala, arXiv:2302.05543v1.
 """
 
+import contextlib
 import functools
-import math
-import numbers
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from minicn import conditions, ddim
-from minicn.checkpoints import files, hub, weights
-from minicn.clip import TextConfig, TextEncoder
+from minicn import ddim, fast
+from minicn.clip import TextEncoder
 from minicn.controlnet import ControlNet, check_hint
+from minicn.inputs import check_settings, hint_tensor, pair_hints, size_of, to_rgb
 from minicn.tokenizer import Tokenizer
-from minicn.unet import TextKeys, UNet, UNetConfig, add, embed_timesteps
-from minicn.vae import VAE, VAEConfig
+from minicn.unet import UNet, UNetConfig
+from minicn.vae import VAE
 
-MODELS = {  # kind: model class, config class, our fields from its config.json, names of the file of its weights
-    "unet": (UNet, UNetConfig, weights.unet_fields, ("diffusion_pytorch_model",)),
-    "vae": (VAE, VAEConfig, weights.vae_fields, ("diffusion_pytorch_model",)),
-    "text_encoder": (TextEncoder, TextConfig, weights.text_fields, ("model", "pytorch_model")),
-}
 Hint = Image.Image | np.ndarray | Tensor
 DEFAULT_PROMPT = "a professional, detailed, high-quality image"  # the paper's "default prompt"
-
-
-def load_model(
-    kind: str,
-    source: weights.Contents | Path,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    variant: str | None = None,
-    ema: bool = False,
-) -> nn.Module:
-    """Load one model, a key of MODELS, from what a file holds or from its own diffusers folder.
-
-    Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit.
-    """
-    model_class, config_class, fields, names = MODELS[kind]
-    if isinstance(source, Path):
-        config = source / "config.json"
-        read = fields(files.read_json(config), config)
-        found = weights.contents(files.open_weights(files.find_weights(source, names, variant)))
-    else:
-        found, read = source, None
-    if kind not in found.parts:
-        held = ", ".join(weights.WORDS[k] for k in found.parts)
-        raise ValueError(f"{found.file.path} holds no {weights.WORDS[kind]}, only: {held}")
-    keys = found.parts[kind]
-    if kind == "unet" and found.ema:
-        lost = [key for key in keys if key not in found.ema]
-        if ema and lost:
-            raise ValueError(
-                f"{found.file.path} holds the moving average of a part only ({lost[0]} is missing): leave out ema"
-            )
-        using, other = ("the moving average", "training's last") if ema else ("training's last", "the moving average")
-        warnings.warn(f"{found.file.path} holds the U-Net twice: {using} weights are used, not {other} (ema)", stacklevel=3)
-        keys = found.ema if ema else keys
-    elif kind == "unet" and ema:
-        raise ValueError(f"{found.file.path} holds no moving average of the weights: leave out ema")
-    with weights.building(found.file.path, weights.WORDS[kind]):
-        model = model_class(config_class(**(read or weights.fields_of(found, kind))))
-    weights.load_into(model, found.file, keys, dtype, device)
-    return model.eval()
 
 
 class StableDiffusion:
@@ -95,88 +47,27 @@ class StableDiffusion:
         variant: str | None = None,
         ema: bool = False,
     ) -> "StableDiffusion":
-        """Load a model, whichever published layout it has.
+        """Load a model in any published layout, or "toy"; see `checkpoints.models.load_stable_diffusion`."""
+        from minicn.checkpoints import models
 
-        source     a diffusers folder; an ldm .safetensors, .ckpt or .pth; a Hugging Face repository; or "toy", the small
-                   model that ships with the package
-        tokenizer  a folder with vocab.json and merges.txt, a model's folder, or "toy"; by default the model's own, for a
-                   single file the cached CLIP's
-        vae        another autoencoder: a file or a folder
-        vae_dtype  precision of the autoencoder, if another than `dtype`: in float16 it may overflow
-        variant    of a folder's weights, as "fp16"
-        ema        of a file that holds both, take the moving average of the U-Net's weights
-        Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. Warns which set of
-        weights is used if there are two.
-        """
-        path = hub.resolve(source, variant)
-        found = None
-        if path.is_dir():
-            if not (path / "unet").is_dir():
-                raise FileNotFoundError(f"{path} holds no unet/: name a diffusers folder of a whole Stable Diffusion")
-            scheduler = path / "scheduler" / "scheduler_config.json"
-            if scheduler.is_file():
-                weights.check_fixed(files.read_json(scheduler), scheduler)
-        else:
-            found = weights.contents(files.open_weights(path))
-            missing = [weights.WORDS[kind] for kind in MODELS if kind not in found.parts and not (kind == "vae" and vae)]
-            if missing:
-                held = ", ".join(weights.WORDS[kind] for kind in found.parts)
-                raise ValueError(f"{path} holds no {' and no '.join(missing)}, only: {held}; name a whole Stable Diffusion")
-        own = path / "tokenizer" if path.is_dir() else None
-        words = Tokenizer.load(hub.tokenizer_folder(tokenizer) if tokenizer else own or hub.default_tokenizer())
-        models = {}
-        for kind in MODELS:
-            if kind == "vae" and vae is not None:
-                models[kind] = load_vae(vae, vae_dtype or dtype, device, variant)
-                continue
-            precision = vae_dtype or dtype if kind == "vae" else dtype
-            models[kind] = load_model(kind, found or path / kind, precision, device, variant, ema and kind == "unet")
-        size = models["text_encoder"].cfg.vocab_size
-        if not all(isinstance(i, int) and 0 <= i < size for i in words.vocab.values()):
-            raise ValueError(
-                f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: give its own one"
-            )
-        return cls(**models, tokenizer=words)
+        return cls(**models.load_stable_diffusion(source, dtype, device, tokenizer, vae, vae_dtype, variant, ema))
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None, layout: str = "diffusers") -> None:
-        """Write the whole model, in its own precision unless `dtype` is given.
+        """Write a "diffusers" folder or an "ldm" file; see `checkpoints.models.save_stable_diffusion`."""
+        from minicn.checkpoints import models
 
-        path    layout "diffusers": a folder of weights, configurations, tokenizer and scheduler; "ldm": one .safetensors
-        Raises ValueError for another layout.
-        """
-        states = {
-            kind: {key: tensor.to(dtype or tensor.dtype) for key, tensor in getattr(self, kind).state_dict().items()}
-            for kind in MODELS
-        }
-        if layout == "ldm":
-            whole = {weights.PREFIXES[kind] + key: tensor for kind, state in states.items() for key, tensor in state.items()}
-            configs = {kind: asdict(getattr(self, kind).cfg) for kind in MODELS}
-            files.write(path, whole, {"minicn": weights.metadata(configs)})
-            return
-        if layout != "diffusers":
-            raise ValueError(f'layout is {layout!r}, but must be "ldm" or "diffusers"')
-        folder = Path(path)
-        sample_size = self.image_size // 8  # latents' side that diffusers draws by default
-        configs = {
-            "unet": weights.unet_config(self.unet.cfg) | {"sample_size": sample_size},
-            "vae": weights.vae_config(self.vae.cfg, 8 * sample_size),
-            "text_encoder": weights.text_config(self.text_encoder.cfg, self.tokenizer),
-        }
-        for kind, state in states.items():
-            files.write_json(folder / kind / "config.json", configs[kind])
-            files.write(folder / kind / f"{MODELS[kind][3][0]}.safetensors", weights.to_diffusers(kind, state))
-        self.tokenizer.save(folder / "tokenizer")
-        files.write_json(folder / "scheduler" / "scheduler_config.json", weights.SCHEDULER_CONFIG)
-        files.write_json(folder / "model_index.json", weights.MODEL_INDEX)
+        models.save_stable_diffusion(self, path, dtype, layout)
 
     def prepare(self, *controlnets: ControlNet) -> None:
-        """Check all weights once, and lay out the U-Net's and the ControlNets' for speed; `generate` begins with it."""
-        for model in (self.unet, *controlnets):
-            weights.prepare(model)
+        """Check all weights once, and make the U-Net and the ControlNets fast; `generate` begins with it."""
+        from minicn.checkpoints import loading
+
+        for model in (self.unet, *controlnets, self.vae, self.text_encoder):
+            loading.check_finite(model)
         # Numerics: not the autoencoder; over its large maps PyTorch's GroupNorm for channels last adds up squares one by
         # one, off by about 1e-5 at 512x512 on CPUs.
-        for model in (self.vae, self.text_encoder):
-            weights.check_finite(model)
+        for model in (self.unet, *controlnets):
+            fast.prepare(model)
 
     def to(self, device: str | torch.device) -> "StableDiffusion":
         """Move the models to a device."""
@@ -216,7 +107,7 @@ class StableDiffusion:
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
         """Return scaled latents (B, 4, h, w) of pictures of one size: the means."""
-        pixels = torch.from_numpy(np.stack([np.asarray(conditions.to_rgb(image)) for image in images]))
+        pixels = torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
         pixels = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, self.vae_dtype)
         latents = self.vae.encode(pixels)[0].float() * self.vae.cfg.scaling_factor
         self.check_vae(latents)
@@ -289,99 +180,132 @@ class StableDiffusion:
         if callable(prompt):
             first = self.generate([DEFAULT_PROMPT] * num_images, **settings | {"num_images": 1})
             return self.generate([prompt(picture) for picture in first], **settings | {"num_images": 1})
-        prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
-        check_ranges(num_steps, guidance_scale, control_start, control_end, denoise, eta, seed, num_images)
-        if not isinstance(prompt, str) and (num_images != 1 or not prompts):
-            raise ValueError(f"{len(prompts)} prompts with num_images {num_images}: a list gives one picture a prompt")
-        if guess_mode not in (False, True, "diffusers"):
-            raise ValueError(f'guess_mode is {guess_mode!r}, but must be False, True or "diffusers"')
-        for name, picture in (("image", image), ("mask", mask)):
-            if picture is not None and not isinstance(picture, Image.Image):
-                raise TypeError(f"{name} is {type(picture).__name__}, but must be a PIL picture: Image.open reads one")
-        if mask is not None and image is None:
-            raise ValueError("a mask needs the image that it masks: give both")
+        check_settings(prompt, settings)
         nets, hints, scales = pair_hints(controlnet, hint, conditioning_scale)
-        hints = [conditions.hint_tensor(h).to(self.device, self.dtype) for h in hints]
+        hints = [hint_tensor(h).to(self.device, self.dtype) for h in hints]
         height, width = size_of(height, width, hints, image, self.image_size)
-
-        # Everything that does not change from step to step, once.
         self.prepare(*nets)
-        n, guided = len(prompts), guidance_scale != 1
-        context = self.encode_prompts([negative_prompt] * n + prompts if guided else prompts)
+
+        prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
+        guided = guidance_scale != 1
+        context = self.encode_prompts([negative_prompt] * len(prompts) + prompts if guided else prompts)
         generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn((n, 4, height // 8, width // 8), generator=generator).to(self.device)
-        steps = ddim.timesteps(num_steps)
-        t_all = torch.tensor(steps, device=self.device)
-        keys = TextKeys([self.unet], context)
-        emb = embed_timesteps(self.unet.time_embed, t_all, self.dtype)
-        controls = []
-        for net, one, scale in zip(nets, hints, scales, strict=True):
-            check_hint(one, noise)
-            controls.append(Control(net, one, scale, guess_mode, context, t_all, guided))
-        abar = self.alphas_cumprod
-        x, begin = noise, 0
-        if image is not None:
-            x_0, drawn, keep = self.prepare_image(image, mask, height, width)
-            begin = num_steps - max(1, round(num_steps * denoise))
-            x = ddim.add_noise(x_0, noise, abar[steps[begin]]) if denoise < 1 else noise
-
-        for i in tqdm(range(begin, num_steps), desc="denoising", unit="step", disable=not progress):
-            batch = x.to(self.dtype, memory_format=weights.layout(x.device))  # once for both halves, see unet.repeat
-            t = t_all[i].expand(n)
-            running = i / num_steps >= control_start and (i + 1) / num_steps <= control_end
-            control = total([c.residuals(batch, t, i) for c in controls]) if controls and running else None
-            eps = self.unet(batch, t, keys, control, emb[i : i + 1]).float()
-            if guided:
-                eps = ddim.guide(*eps.chunk(2), guidance_scale)
-            abar_t, abar_s = abar[steps[i]], abar[max(steps[i] - 1000 // num_steps, 0)]
-            x = ddim.ddim_step(x, eps, abar_t, abar_s, eta, torch.randn(x.shape, generator=generator).to(x) if eta else None)
-            if mask is not None:  # what is not drawn anew follows the forward process of the image
-                x = torch.where(drawn, x, ddim.add_noise(x_0, noise, abar_s) if i + 1 < num_steps else x_0)
-            if not torch.isfinite(x).all():
-                raise ValueError(
-                    f"step {i + 1} of {num_steps} (t = {steps[i]}) gave NaN in {self.dtype}: "
-                    + ("the weights are damaged" if self.dtype == torch.float32 else "use float32 (dtype, --dtype)")
-                )
-        pictures = self.decode_latents(x)
-        return pictures if mask is None else [Image.composite(picture, keep[0], keep[1]) for picture in pictures]
-
-    def prepare_image(
-        self, image: Image.Image, mask: Image.Image | None, height: int, width: int
-    ) -> tuple[Tensor, Tensor | None, tuple | None]:
-        """Return an image's latents; where to draw anew, in latents; and (image, mask) in pixels, to put back what stays."""
-        image = conditions.to_rgb(image)
-        if image.size != (width, height):
-            raise ValueError(
-                f"the image has {image.width}x{image.height} pixels, but the picture {width}x{height}: make them equal"
+        noise = torch.randn((len(prompts), 4, height // 8, width // 8), generator=generator).to(self.device)
+        given = zip(nets, hints, scales, strict=True)
+        controls = [Control(net, h, scale, guess_mode, context, guided, noise) for net, h, scale in given]
+        predict = Predictor(self.unet, context, guidance_scale, controls, (control_start, control_end), num_steps)
+        start = Start(self, noise, image, mask, denoise, num_steps)
+        with predict.fast():
+            x = ddim.sample(
+                *(predict, start.x, self.alphas_cumprod, num_steps, start.step),
+                **{"eta": eta, "generator": generator, "after": start.restore, "progress": progress},
             )
-        x_0 = self.encode_images([image])
-        if mask is None:
-            return x_0, None, None
-        if mask.size != image.size:
-            raise ValueError(
-                f"the mask has {mask.width}x{mask.height} pixels, but the image {width}x{height}: make them equal"
-            )
-        anew = np.asarray(conditions.to_rgb(mask).convert("L")) >= 128
-        cells = torch.from_numpy(anew).float()[None, None].to(self.device)
-        return x_0, F.max_pool2d(cells, 8).bool(), (image, Image.fromarray(anew))
+        return start.paste(self.decode_latents(x))
 
 
-def load_vae(
-    source: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", variant: str | None = None
-) -> VAE:
-    """Load an autoencoder from a file that holds one or from a folder, its own or that of a whole model."""
-    path = hub.resolve(source, variant)
-    if path.is_dir():
-        return load_model("vae", path / "vae" if (path / "vae").is_dir() else path, dtype, device, variant)
-    return load_model("vae", weights.contents(files.open_weights(path)), dtype, device)
+class Start:
+    """Where the sampler starts: pure noise, or an image noised so far; with a mask, what the image keeps."""
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        noise: Tensor,
+        image: Image.Image | None,
+        mask: Image.Image | None,
+        denoise: float,
+        steps: int,
+    ):
+        self.x, self.step, self.image, self.mask = noise, 0, image, mask
+        if image is None:
+            return
+        height, width = 8 * noise.shape[-2], 8 * noise.shape[-1]
+        for name, picture in (("image", image), ("mask", mask)):
+            if picture is not None and picture.size != (width, height):
+                came = f"{picture.width}x{picture.height}"
+                raise ValueError(f"the {name} has {came} pixels, but the picture {width}x{height}: make them equal")
+        self.image, self.noise, self.num_steps, self.abar = to_rgb(image), noise, steps, sd.alphas_cumprod
+        self.x_0, self.visited = sd.encode_images([self.image]), ddim.timesteps(steps)
+        self.step = steps - max(1, round(steps * denoise))
+        if denoise < 1:
+            self.x = ddim.add_noise(self.x_0, noise, self.abar[self.visited[self.step]])
+        if mask is not None:
+            anew = np.asarray(to_rgb(mask).convert("L")) >= 128
+            self.mask = Image.fromarray(anew)
+            self.anew = F.max_pool2d(torch.from_numpy(anew).float()[None, None].to(sd.device), 8).bool()  # (1, 1, h, w)
+
+    def restore(self, x: Tensor, i: int) -> Tensor:
+        """Let what is not drawn anew follow the forward process of the image, after step i."""
+        if self.mask is None:
+            return x
+        after = ddim.next_timestep(self.visited[i], self.num_steps)
+        kept = ddim.add_noise(self.x_0, self.noise, self.abar[after]) if i + 1 < self.num_steps else self.x_0
+        return torch.where(self.anew, x, kept)
+
+    def paste(self, pictures: list[Image.Image]) -> list[Image.Image]:
+        """Put back the pixels of the image where nothing was drawn anew."""
+        return pictures if self.mask is None else [Image.composite(new, self.image, self.mask) for new in pictures]
+
+
+class Predictor:
+    """The noise that U-Net and ControlNets predict together, guided: what a sampler asks for at every step.
+
+    running  shares of the steps, from and to, in which the ControlNets run
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        context: Tensor,
+        guidance_scale: float,
+        controls: "list[Control]",
+        running: tuple[float, float],
+        num_steps: int,
+    ):
+        self.unet, self.context, self.guidance_scale, self.controls = unet, context, guidance_scale, controls
+        self.running, self.num_steps = running, num_steps
+
+    def __call__(self, x: Tensor, t: int, i: int) -> Tensor:
+        """Return the predicted noise (B, 4, h, w) float32 at timestep t, in step i."""
+        guided = len(self.context) > len(x)  # [unconditional, conditional]
+        batch = torch.cat([x, x]) if guided else x
+        batch = batch.to(self.context.dtype, memory_format=fast.layout(x.device))
+        timesteps = torch.full((len(batch),), t, device=x.device)
+        running = self.running[0] <= i / self.num_steps and (i + 1) / self.num_steps <= self.running[1]
+        residuals = [control.residuals(batch, timesteps) for control in self.controls if running]
+        control = sum_residuals(residuals) if residuals else None
+        eps = self.unet(batch, timesteps, self.context, control).float()
+        if guided:
+            eps = ddim.guide(*eps.chunk(2), self.guidance_scale)
+        if not torch.isfinite(eps).all():
+            remedy = "the weights are damaged" if batch.dtype == torch.float32 else "use float32 (dtype, --dtype)"
+            raise ValueError(f"step {i + 1} of {self.num_steps} (t = {t}) gave NaN in {batch.dtype}: {remedy}")
+        return eps
+
+    @contextlib.contextmanager
+    def fast(self) -> Iterator[None]:
+        """Inside `with`, compute once what does not change from step to step, or from half to half."""
+        guided = self.guidance_scale != 1
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fast.sampling(self.unet, guided))
+            for control in self.controls:
+                stack.enter_context(fast.sampling(control.net, guided and not control.half))
+            yield
 
 
 class Control:
-    """A ControlNet at work on one hint: E(hint), text keys and time features are computed here, once."""
+    """A ControlNet at work on one hint, for a batch of [unconditional, conditional] latents if guided."""
 
     def __init__(
-        self, net: ControlNet, hint: Tensor, scale: float, guess_mode: bool | str, context: Tensor, t: Tensor, guided: bool
+        self,
+        net: ControlNet,
+        hint: Tensor,
+        scale: float,
+        guess_mode: bool | str,
+        context: Tensor,
+        guided: bool,
+        latents: Tensor,
     ):
+        check_hint(hint, latents)
         self.net = net
         # Compat: residuals that are averaged over all positions control the conditional half alone, as in diffusers.
         self.half = guided and (bool(guess_mode) or net.cfg.global_pool)
@@ -389,82 +313,23 @@ class Control:
         if guess_mode and not net.cfg.global_pool:
             ratio = 0.825 if guess_mode is True else 0.1 ** (1 / 12)
             self.scales = [scale * ratio ** (12 - i) for i in range(13)]
-        self.features = net.hint_features(hint)  # E(hint) of eq. (9)
-        self.keys = TextKeys([net], context.chunk(2)[1] if self.half else context)
-        self.emb = embed_timesteps(net.time_embed, t, hint.dtype)
+        self.features = net.hint_features(hint)  # E(hint) of eq. (9), once for all steps
+        if guided and not self.half and len(hint) > 1:
+            self.features = torch.cat([self.features, self.features])
+        self.context = context.chunk(2)[1] if self.half else context
 
-    def residuals(self, x: Tensor, t: Tensor, i: int) -> list[Tensor]:
-        """Return the 13 scaled residuals of step i for the latents x, [unconditional, conditional] if guided."""
-        control = self.net.residuals(x, self.features, t, self.keys, self.emb[i : i + 1])
+    def residuals(self, x: Tensor, timesteps: Tensor) -> list[Tensor | None]:
+        """Return the 13 scaled residuals for a batch of latents."""
+        if self.half:
+            x, timesteps = x.chunk(2)[1], timesteps.chunk(2)[1]
+        control = self.net.residuals(x, self.features, timesteps, self.context)
         control = [c if scale == 1 or c is None else scale * c for scale, c in zip(self.scales, control, strict=True)]
         if self.half:
             control = [c if c is None else torch.cat([torch.zeros_like(c), c]) for c in control]
         return control
 
 
-def total(controls: list[list[Tensor]]) -> list[Tensor]:
-    """Add the residuals of several ControlNets."""
+def sum_residuals(controls: list[list[Tensor | None]]) -> list[Tensor | None]:
+    """Add the residuals of several ControlNets, place by place."""
     columns = [[c for c in residuals if c is not None] for residuals in zip(*controls, strict=True)]
-    return [functools.reduce(add, column) if column else None for column in columns]
-
-
-def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[float]]:
-    """Return ControlNets, hints and scales as lists of one length. Raises ValueError, saying what is missing."""
-    nets = [] if controlnet is None else list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
-    for net in nets:
-        if not isinstance(net, ControlNet):
-            raise TypeError(f"controlnet is {net!r}, but must be a ControlNet: ControlNet.load reads one")
-    hints = [] if hint is None else list(hint) if isinstance(hint, (list, tuple)) else [hint]
-    scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * max(len(nets), 1)
-    if bool(nets) != bool(hints):
-        raise ValueError(f"hint and ControlNet go together, but the {'ControlNet' if hints else 'hint'} is missing")
-    if len(nets) != len(hints) or len(scales) != max(len(nets), 1):
-        raise ValueError(
-            f"{len(nets)} ControlNets came with {len(hints)} hints and {len(scales)} conditioning scales: give each one"
-        )
-    for value in scales:
-        check_range("conditioning_scale", value, 0, math.inf)
-    return nets, hints, scales[: len(nets)]
-
-
-def size_of(height, width, hints: list[Tensor], image: Image.Image | None, default: int) -> tuple[int, int]:
-    """Return height and width of the picture. Raises ValueError unless they are multiples of 8."""
-    like = (*hints[0].shape[-2:],) if hints else (image.height, image.width) if image is not None else (default, default)
-    height, width = like[0] if height is None else height, like[1] if width is None else width
-    if (
-        not all(isinstance(side, numbers.Integral) for side in (height, width))
-        or height < 8
-        or width < 8
-        or height % 8
-        or width % 8
-    ):
-        raise ValueError(
-            f"the picture is to be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
-        )
-    return height, width
-
-
-def check_ranges(num_steps, guidance_scale, control_start, control_end, denoise, eta, seed, num_images):
-    """Raise ValueError, naming the value and its range, for a setting that is out of it."""
-    check_range("num_steps", num_steps, 1, 1000)
-    check_range("guidance_scale", guidance_scale, 0, math.inf)
-    check_range("control_start", control_start, 0, 1)
-    check_range("control_end", control_end, 0, 1)
-    check_range("eta", eta, 0, 1)
-    check_range("seed", seed, 0, 2**63 - 1)
-    check_range("num_images", num_images, 1, math.inf)
-    check_range("denoise", denoise, 0, 1)
-    for name, value in (("num_steps", num_steps), ("seed", seed), ("num_images", num_images)):
-        if not isinstance(value, numbers.Integral):
-            raise TypeError(f"{name} is {value!r}, but must be a whole number")
-    if denoise == 0:
-        raise ValueError("denoise is 0, which would draw nothing: give more, up to 1")
-    if control_start > control_end:
-        raise ValueError(f"control_start {control_start} lies after control_end {control_end}: swap them")
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} is {value!r}, but must be a number")
-    if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name} is {value}, but must lie in [{low}, {high}]")
+    return [functools.reduce(torch.add, column) if column else None for column in columns]

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import ddim, toy
+from minicn import ddim, fast, toy
 from minicn.checkpoints import files, weights
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
@@ -136,7 +136,7 @@ class Examples:
             samples,
             send(self.latents[samples], device),
             send(noise[part], device),
-            hints.contiguous(memory_format=weights.layout(device)),
+            hints.contiguous(memory_format=fast.layout(device)),
             send(timesteps[part], device),
             send(self.contexts[prompts], device),
         )
@@ -166,7 +166,7 @@ def controlnet_loss(unet: UNet, net: ControlNet, batch: Batch, alphas_cumprod: T
     decoder passes gradients on to `net` and keeps none.
     """
     x_t = ddim.add_noise(batch.latents, batch.noise, alphas_cumprod[batch.timesteps])
-    x_t = x_t.contiguous(memory_format=weights.layout(x_t.device))
+    x_t = x_t.contiguous(memory_format=fast.layout(x_t.device))
     control = net(x_t, batch.hints, batch.timesteps, batch.context)
     eps = unet(x_t, batch.timesteps, batch.context, control)
     return (eps.float() - batch.noise).square().mean((1, 2, 3))
@@ -283,9 +283,10 @@ def _train(sd, net, examples, validation, run, recipe, score_every, score_after,
     if world > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"{world} processes cannot share a training on {device.type}: use --device cpu, or one process")
     sd.prepare()
-    net.train().to(memory_format=weights.layout(device))
+    fast.prepare(net.train())
     groups = lock(sd.unet, net, recipe)
-    net.gradient_checkpointing = sd.unet.gradient_checkpointing = recipe.gradient_checkpointing
+    for module in (sd.unet, net):
+        fast.recompute(module, recipe.gradient_checkpointing)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "float16")
     parts = {"net": net, "scaler": scaler} | ({} if recipe.unlock == "none" else {"unet": sd.unet})
     state = run.load() if resume else {"step": 0}

@@ -9,16 +9,13 @@ labels, scale-shift norms, dropout, transformers deeper than one block).
                             +---- 12 skips ------|---------------+     `control` adds to the 12 skips and the middle
 """
 
-import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -43,79 +40,15 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def embed_timesteps(time_embed: nn.Sequential, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the features of timesteps (B,), (B, 4 C), that every resnet block takes."""
-    return time_embed(timestep_embedding(timesteps, time_embed[0].in_features).to(dtype))
+class TimeEmbedding(nn.Sequential):
+    """Sinusoids of the timesteps (B,), through two linear layers, to the features (B, 4 C) that every resnet block takes."""
 
+    def __init__(self, channels: int):
+        super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
+        self.channels = channels
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation that keeps its digits in the channels-last layout, too.
-
-    Numerics: for that layout PyTorch's kernel for CPUs takes the variance as E[x^2] - E[x]^2, which is off by 1e-5 or
-    more of the result where the mean is ten times the deviation. So the mean of every 8th row and column is taken off.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not x.is_contiguous():
-            about = x.detach()[:, :, ::8, ::8].unflatten(1, (self.num_groups, -1)).mean((2, 3, 4), keepdim=True)
-            x = x - about.expand(-1, -1, self.num_channels // self.num_groups, 1, 1).flatten(1, 2)  # one number a channel
-        return super().forward(x)
-
-
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__(c_in, c_out, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.weight.numel() > 2**22 and x.shape[-2] * x.shape[-1] <= 256
-        if wide and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            return MatrixProduct.apply(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-class MatrixProduct(torch.autograd.Function):
-    """A 3x3 convolution as one matrix product, for wide weights and small maps on CPUs.
-
-    There PyTorch's convolution spends most of its time on bringing the weights into an order of its own, at every call, up
-    to three times in training; in channels-last they are a matrix as they lie.
-    """
-
-    @staticmethod
-    def neighbours(x: Tensor) -> Tensor:
-        """Return the 3x3 positions around each one: (B, C, H, W) to (B, H, W, 9 C)."""
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, H + 2, W + 2, C)
-        return padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
-
-    @staticmethod
-    def matrix(weight: Tensor) -> Tensor:
-        """Return the weights (C_out, C, 3, 3) as (C_out, 9 C): in channels-last the same memory."""
-        return weight.permute(0, 2, 3, 1).flatten(1)
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Only a weight that learns needs x again, and then x alone is kept, not its neighbours.
-        ctx.save_for_backward(x if weight.requires_grad else x.new_empty(0), weight)
-        ctx.shape = x.shape
-        return F.linear(MatrixProduct.neighbours(x), MatrixProduct.matrix(weight), bias).permute(0, 3, 1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (b, c, h, w) = ctx.saved_tensors, ctx.shape
-        grad = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (b * h * w, C_out)
-        to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            parts = (grad @ MatrixProduct.matrix(weight)).view(b, h, w, 3, 3, c)
-            padded = grad.new_zeros(b, h + 2, w + 2, c)
-            for i, j in itertools.product(range(3), range(3)):
-                padded[:, i : i + h, j : j + w] += parts[:, :, :, i, j]
-            to_x = padded[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
-        if ctx.needs_input_grad[1]:
-            to_weight = (grad.t() @ MatrixProduct.neighbours(x).flatten(0, 2)).view(-1, 3, 3, c).permute(0, 3, 1, 2)
-            to_bias = grad.sum(0)
-        return to_x, to_weight, to_bias
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return super().forward(timestep_embedding(timesteps, self.channels).to(self[0].weight.dtype))
 
 
 class ResBlock(nn.Module):
@@ -123,21 +56,19 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(groups, c_in), nn.SiLU(), Conv3x3(c_in, c_out))
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         self.out_layers = nn.Sequential(
-            GroupNorm(groups, c_out),
+            nn.GroupNorm(groups, c_out),
             nn.SiLU(),
             nn.Identity(),  # Compat: dropout in ldm; keeps the convolution at index 3
-            zero_module(Conv3x3(c_out, c_out)),
+            zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)  # (B, C_out, H, W)
-        shift = repeat(self.emb_layers(emb), len(h))  # (B, C_out)
-        h = self.out_layers(h + shift[:, :, None, None])
-        return self.skip_connection(x) + h
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]  # (B, C_out, H, W)
+        return self.skip_connection(x) + self.out_layers(h)
 
 
 class Attention(nn.Module):
@@ -151,9 +82,8 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: "Tensor | TextKeys") -> Tensor:
-        q = self.split(self.to_q(x))
-        k, v = context[self] if isinstance(context, TextKeys) else self.keys_and_values(context)
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, (k, v) = self.split(self.to_q(x)), self.keys_and_values(context)
         h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(h.transpose(1, 2).flatten(2))
 
@@ -162,21 +92,6 @@ class Attention(nn.Module):
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, dim / heads)
-
-
-class TextKeys(dict):
-    """What every cross-attention of some models makes of the text, (keys, values), once for all steps of a sampler.
-
-    It stands in for the context that it was made of; the numbers are the same.
-    """
-
-    def __init__(self, models: Iterable[nn.Module], context: Tensor):
-        super().__init__()
-        self.context = context
-        for model in models:
-            for module in model.modules():
-                if isinstance(module, TransformerBlock):
-                    self[module.attn2] = module.attn2.keys_and_values(context)
 
 
 class GEGLU(nn.Module):
@@ -214,9 +129,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm1(x)
-        text = context.context if isinstance(context, TextKeys) else context
-        x = repeat(x + self.attn1(h, h), len(text))  # here the text comes in
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), context)  # here the text comes in
         return x + self.ff(self.norm3(x))
 
 
@@ -225,7 +139,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, context_dim: int, heads: int, groups: int):
         super().__init__()
-        self.norm = GroupNorm(groups, channels, eps=1e-6)  # Numerics: 1e-6 here, 1e-5 in ResBlock
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # Numerics: 1e-6 here, 1e-5 in ResBlock
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
         self.proj_out = zero_module(nn.Conv2d(channels, channels, 1))
@@ -233,17 +147,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H*W, C)
         h = self.transformer_blocks[0](h, context)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (k B, C, H, W), for k texts a sample
-        return repeat(x, len(h)) + self.proj_out(h)
-
-
-def repeat(x: Tensor, count: int) -> Tensor:
-    """Repeat a batch to this many samples.
-
-    A sampler gives [unconditional, conditional] text for latents that are the same in both halves: until the text comes
-    in, at the first cross-attention, one half is enough.
-    """
-    return x if len(x) == count else x.repeat(count // len(x), *[1] * (x.ndim - 1))
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, H, W)
+        return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
@@ -262,7 +167,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = Conv3x3(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
@@ -284,13 +189,6 @@ class Block(nn.Sequential):
         return x
 
 
-def run(block: nn.Module, checkpointing: bool, *inputs):
-    """Run a block; with gradient checkpointing its features are computed again going backwards, instead of kept."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
 def zero_module(module: nn.Module) -> nn.Module:
     """Set every parameter of a module to zero."""
     for p in module.parameters():
@@ -298,32 +196,32 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
-def build_encoder(cfg: UNetConfig) -> tuple[nn.Sequential, nn.ModuleList, Block, list[int]]:
+def build_encoder(cfg: UNetConfig) -> tuple[TimeEmbedding, nn.ModuleList, Block, list[int]]:
     """Build the part that U-Net and ControlNet share: time_embed, input_blocks, middle_block.
 
     The paper's "trainable copy" is this function, called twice. Also returned: the width of each of the 12 skips.
     """
     emb_dim, groups = 4 * cfg.model_channels, cfg.norm_num_groups
     widths = [cfg.model_channels * mult for mult in cfg.channel_mult]
-    time_embed = nn.Sequential(nn.Linear(cfg.model_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
+    time_embed = TimeEmbedding(cfg.model_channels)
     input_blocks = nn.ModuleList([Block(nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1))])
-    skips = [widths[0]]
+    skip_channels = [widths[0]]
     for level, width in enumerate(widths):
         for _ in range(cfg.num_res_blocks):
-            layers = [ResBlock(skips[-1], width, emb_dim, groups)]
+            layers = [ResBlock(skip_channels[-1], width, emb_dim, groups)]
             if level < len(widths) - 1:
                 layers.append(SpatialTransformer(width, cfg.context_dim, cfg.num_heads, groups))
             input_blocks.append(Block(*layers))
-            skips.append(width)
+            skip_channels.append(width)
         if level < len(widths) - 1:
             input_blocks.append(Block(Downsample(width)))
-            skips.append(width)
+            skip_channels.append(width)
     middle_block = Block(
         ResBlock(widths[-1], widths[-1], emb_dim, groups),
         SpatialTransformer(widths[-1], cfg.context_dim, cfg.num_heads, groups),
         ResBlock(widths[-1], widths[-1], emb_dim, groups),
     )
-    return time_embed, input_blocks, middle_block, skips
+    return time_embed, input_blocks, middle_block, skip_channels
 
 
 class UNet(nn.Module):
@@ -331,16 +229,15 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig | None = None):
         super().__init__()
-        self.gradient_checkpointing = False
         self.cfg = cfg = cfg or UNetConfig()
-        self.time_embed, self.input_blocks, self.middle_block, skips = build_encoder(cfg)
+        self.time_embed, self.input_blocks, self.middle_block, skip_channels = build_encoder(cfg)
         emb_dim, groups = 4 * cfg.model_channels, cfg.norm_num_groups
         self.output_blocks = nn.ModuleList()
-        c_in = skips[-1]
+        c_in = skip_channels[-1]
         for level in reversed(range(len(cfg.channel_mult))):
             width = cfg.model_channels * cfg.channel_mult[level]
             for i in range(cfg.num_res_blocks + 1):
-                layers = [ResBlock(c_in + skips.pop(), width, emb_dim, groups)]
+                layers = [ResBlock(c_in + skip_channels.pop(), width, emb_dim, groups)]
                 if level < len(cfg.channel_mult) - 1:
                     layers.append(SpatialTransformer(width, cfg.context_dim, cfg.num_heads, groups))
                 if level > 0 and i == cfg.num_res_blocks:
@@ -348,74 +245,58 @@ class UNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
                 c_in = width
         self.out = nn.Sequential(
-            GroupNorm(groups, c_in), nn.SiLU(), zero_module(nn.Conv2d(c_in, cfg.out_channels, 3, padding=1))
+            nn.GroupNorm(groups, c_in), nn.SiLU(), zero_module(nn.Conv2d(c_in, cfg.out_channels, 3, padding=1))
         )
 
     def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | TextKeys,
-        control: list[Tensor] | None = None,
-        emb: Tensor | None = None,
+        self, x: Tensor, timesteps: Tensor, context: Tensor, control: Sequence[Tensor | None] | None = None
     ) -> Tensor:
         """Return the predicted noise, shaped like x.
 
         x          (B, 4, h, w)        noisy latents, any h and w
         timesteps  (B,)                0 to 999
-        context    (B, 77, 768)        text features; or (k B, 77, 768), as if x came k times: then so does the result
+        context    (B, 77, 768)        text features
         control    list of 13 tensors  added to the 12 skips and, the last, to the middle block's output; None adds none
-        emb        (1 or B, 4 C)       the timesteps embedded, where a sampler has them already
         Raises ValueError for latents, timesteps, context or control that do not fit the model.
         """
         check_inputs(self.cfg, x, timesteps, context)
-        emb = embed_timesteps(self.time_embed, timesteps, x.dtype) if emb is None else emb
-        h, skips, again = x, [], self.gradient_checkpointing
+        emb = self.time_embed(timesteps)
+        h, skips = x, []
         for block in self.input_blocks:
-            h = run(block, again, h, emb, context)
+            h = block(h, emb, context)
             skips.append(h)
-        h = run(self.middle_block, again, h, emb, context)
+        h = self.middle_block(h, emb, context)
         if control is not None:
-            check_control(control, [*skips, h], len(h))
-            skips = [add(skip, residual) for skip, residual in zip(skips, control[:-1], strict=True)]
-            h = add(h, control[-1])
+            check_control(control, [*skips, h])
+            *skips, h = (f if c is None else f + c for f, c in zip([*skips, h], control, strict=True))
         for block in self.output_blocks:
-            h = torch.cat([h, repeat(skips.pop(), len(h))], dim=1)
-            h = run(block, again, h, emb, context, skips[-1].shape[-2:] if skips else None)
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb, context, skips[-1].shape[-2:] if skips else None)
         return self.out(h)
 
 
-def add(feature: Tensor, residual: Tensor | None) -> Tensor:
-    """Add a residual to a feature, either of which may stand for several samples."""
-    if residual is None:
-        return feature
-    count = max(len(feature), len(residual))
-    return repeat(feature, count) + repeat(residual, count)
-
-
-def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor | TextKeys) -> None:
+def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor) -> None:
     """Raise ValueError, in words, for what would fail deep inside."""
-    context = context.context if isinstance(context, TextKeys) else context
     if x.ndim != 4 or x.shape[1] != cfg.in_channels:
         raise ValueError(f"latents have shape {tuple(x.shape)}, but the model takes (B, {cfg.in_channels}, h, w)")
     if timesteps.shape != x.shape[:1]:
         raise ValueError(f"timesteps have shape {tuple(timesteps.shape)}, but {len(x)} latents need ({len(x)},)")
-    if context.ndim != 3 or context.shape[2] != cfg.context_dim or len(context) % max(len(x), 1) or len(context) < len(x):
+    if context.ndim != 3 or context.shape[2] != cfg.context_dim or len(context) != len(x):
         raise ValueError(
             f"context has shape {tuple(context.shape)}, but {len(x)} latents need ({len(x)}, tokens, "
             f"{cfg.context_dim}): encode the prompts with this model's own text encoder"
         )
 
 
-def check_control(control: list[Tensor], features: list[Tensor], count: int) -> None:
-    """Raise ValueError where the residuals do not fit the skips and the middle that they are added to, for `count` texts."""
+def check_control(control: Sequence[Tensor | None], features: list[Tensor]) -> None:
+    """Raise ValueError where the residuals do not fit the skips and the middle that they are added to."""
     if len(control) != len(features):
         raise ValueError(f"control has {len(control)} tensors, but the model has {len(features)} connections")
     for i, (residual, feature) in enumerate(zip(control, features, strict=True)):
         if residual is None:
             continue
         fits = residual.shape[2:] in (feature.shape[2:], (1, 1))  # 1x1: averaged over all positions
-        if not fits or residual.shape[1] != feature.shape[1] or len(residual) not in (1, len(feature), count):
+        if not fits or residual.shape[1] != feature.shape[1] or len(residual) not in (1, len(feature)):
             raise ValueError(
                 f"control[{i}] has shape {tuple(residual.shape)}, but the model needs {tuple(feature.shape)}: "
                 "use a ControlNet of this U-Net's widths and latents of the same size"

@@ -5,14 +5,14 @@ Source of the transfer: the arithmetic of the official tool_transfer_control, co
 
 import collections
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from minicn.checkpoints import files, hub, weights
+from minicn.checkpoints import files, hub, loading, weights
+from minicn.checkpoints.models import MODELS, load_model, save_model
 from minicn.controlnet import ControlNet
-from minicn.pipeline import MODELS, StableDiffusion, load_model
+from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer
 
 KINDS = ("model", "controlnet", "unet", "vae")
@@ -122,7 +122,7 @@ def convert(
         base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
         own = keep[part]
         net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else own, variant=variant)
-        weights.check_finite(net)
+        loading.check_finite(net)
         if transfer_to is not None:
             if transfer_from is None and "unet" not in held:
                 raise ValueError(f"{path} holds no U-Net: name the base that it was trained on (--transfer-from)")
@@ -135,7 +135,7 @@ def convert(
             models[kind] = load_model(
                 kind, at if at.is_dir() else held[kind], own, variant=variant, ema=ema and kind == "unet"
             )
-            weights.check_finite(models[kind])
+            loading.check_finite(models[kind])
         if part == "model":
             words = None
             if layout == "diffusers":  # a single file has no place for it
@@ -157,18 +157,6 @@ def precision(found: weights.Contents, kind: str) -> torch.dtype:
         counts[found.file.dtypes[key]] += torch.Size(found.file.shapes[key]).numel()
     common = getattr(torch, counts.most_common(1)[0][0])
     return common if common.is_floating_point else torch.float32
-
-
-def save_model(kind: str, model: torch.nn.Module, destination: Path, layout: str) -> None:
-    """Write a U-Net or an autoencoder alone."""
-    state = model.state_dict()
-    if layout == "ldm":
-        state = {weights.PREFIXES[kind] + key: tensor for key, tensor in state.items()}
-        files.write(destination, state, {"minicn": weights.metadata({kind: asdict(model.cfg)})})
-        return
-    config = weights.unet_config(model.cfg) if kind == "unet" else weights.vae_config(model.cfg, 512)
-    files.write_json(destination / "config.json", config)
-    files.write(destination / "diffusion_pytorch_model.safetensors", weights.to_diffusers(kind, state))
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minicn.conditions import drawing, palettes
+from minicn.inputs import hint_tensor, to_rgb
 
 NAMES = (
     *("canny", "hough", "scribble", "hed", "openpose", "openpifpaf"),
@@ -84,53 +84,9 @@ def _open(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} is no picture that can be read: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Make a picture of any mode 8-bit RGB: 16 bits are scaled down, alpha is composited over white."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        values = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray((values.clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("a picture of floating-point values has no agreed range: save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def load_hint(path: str | Path) -> Tensor:
     """Read a picture as a hint (1, 3, H, W) in [0, 1]."""
     return hint_tensor(load_image(path))
-
-
-def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
-    """Turn a picture into a hint, (B, 3, H, W) float32 in [0, 1].
-
-    hint  PIL picture of any mode; array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8; or float tensor
-          (3, H, W) or (B, 3, H, W) in [0, 1]
-    Raises TypeError or ValueError for anything else.
-    """
-    if isinstance(hint, np.ndarray):
-        if hint.dtype != np.uint8 or hint.ndim not in (2, 3) or (hint.ndim == 3 and hint.shape[2] not in (1, 3, 4)):
-            raise ValueError(
-                f"hint is an array of {hint.dtype} and shape {hint.shape}, but must be uint8 of shape "
-                "(H, W), (H, W, 3) or (H, W, 4)"
-            )
-        hint = Image.fromarray(hint[..., 0] if hint.ndim == 3 and hint.shape[2] == 1 else hint)
-    if isinstance(hint, Image.Image):
-        pixels = np.array(to_rgb(hint))
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
-    if not isinstance(hint, Tensor):
-        raise TypeError(f"hint is {type(hint).__name__}, but must be a picture, an array or a tensor")
-    if hint.ndim == 3:
-        hint = hint[None]
-    if hint.ndim != 4 or hint.shape[1] != 3 or not hint.is_floating_point():
-        raise ValueError(f"hint is {hint.dtype} of shape {tuple(hint.shape)}, but must be float of shape (B, 3, H, W)")
-    if hint.numel() == 0:
-        raise ValueError(f"hint has shape {tuple(hint.shape)}: it holds no pixel")
-    low, high = hint.min().item(), hint.max().item()
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"hint has values from {low:.3g} to {high:.3g}, but they must lie in [0, 1]: divide by 255")
-    return hint.float()
 
 
 def resize_hint(image: Image.Image, height: int, width: int) -> Image.Image:

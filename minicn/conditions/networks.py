@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minicn import conditions
-from minicn.checkpoints import files, weights
+from minicn.checkpoints import files, loading
 
 
 class Annotator(nn.Module):
@@ -34,7 +34,7 @@ class Annotator(nn.Module):
 
         Raises FileNotFoundError, or ValueError in one line for a file that is not this network's.
         """
-        with weights.Unfilled():
+        with loading.Unfilled():
             network = cls()
         state, expected = files.read(path), network.state_dict()
         for key in expected:
@@ -50,7 +50,7 @@ class Annotator(nn.Module):
             raise ValueError(f"{path} is not {cls.__name__}'s: {', '.join(found[:2])}{more}; name {cls.published}")
         network.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected}, assign=True)
         network.unchecked = (str(path), {key: key for key in expected})
-        weights.check_finite(network)
+        loading.check_finite(network)
         return network.requires_grad_(False).eval()
 
     def check(self, image: np.ndarray) -> None:

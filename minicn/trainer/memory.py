@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minicn import ddim, training
-from minicn.checkpoints import weights
+from minicn import ddim, fast, training
 from minicn.controlnet import ControlNet
 from minicn.unet import UNet
 
@@ -64,7 +63,7 @@ def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, dev
     """Return a part of a batch of noise: what one process takes at once."""
     n, side, width = recipe.batch_size // (world * recipe.accumulate), size // 8, net.cfg.unet.context_dim
     latents = torch.randn(n, net.cfg.unet.in_channels, side, side, device=device)
-    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=weights.layout(device))
+    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=fast.layout(device))
     t = torch.zeros(n, dtype=torch.long, device=device)
     return training.Batch(t, latents, torch.randn_like(latents), hints, t, torch.randn(n, 77, width, device=device))
 
@@ -91,8 +90,8 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
     with FakeTensorMode(), torch.device(device):
         unet, net = UNet(unet.cfg), ControlNet(net.cfg)
         for model in (unet, net):
-            model.gradient_checkpointing = recipe.gradient_checkpointing
-            weights.prepare(model)
+            fast.recompute(model, recipe.gradient_checkpointing)
+            fast.prepare(model)
         groups = training.lock(unet, net, recipe)
         optimizer = torch.optim.AdamW(groups, fused=training.fused(device, recipe))
         batch, abar = example(net, recipe, size, world, device), torch.rand(ddim.NUM_TRAIN_TIMESTEPS)
@@ -118,7 +117,7 @@ def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
     optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=training.fused(device, recipe))
     batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
     for model in (unet, net):
-        model.gradient_checkpointing = recipe.gradient_checkpointing
+        fast.recompute(model, recipe.gradient_checkpointing)
     alive = {}
     warm_up = torch.optim.SGD(net.parameters(), lr=0.0)  # keeps no moments
     step(unet, net, warm_up, batch, abar, recipe)  # libraries fetch what they keep for good

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import ddim, toy
-from minicn.checkpoints import weights
+from minicn import ddim, fast, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
@@ -124,7 +123,7 @@ def train_vae(
     """
     vae = VAE(TOY_VAE)
     init_vae(vae)
-    vae.to(device, memory_format=weights.layout(device))
+    vae.to(device, memory_format=fast.layout(device))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     # A higher rate gets stuck where outlines are right and colours wrong.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
@@ -135,7 +134,7 @@ def train_vae(
         corners = torch.randint(toy.SIZE - side + 1, (count, 2)).tolist()
         crops = [images[i, :, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners, strict=True)]
         batch = send(torch.stack(crops), device).float() / 127.5 - 1
-        loss, l1 = vae_loss(vae, batch.contiguous(memory_format=weights.layout(device)), edge_weight=step / steps)
+        loss, l1 = vae_loss(vae, batch.contiguous(memory_format=fast.layout(device)), edge_weight=step / steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -300,7 +299,7 @@ def train_unet(
             shapes = {name: tensor.shape for name, tensor in part.state_dict().items()}
             fits = {name: tensor for name, tensor in old.state_dict().items() if tensor.shape == shapes.get(name)}
             part.load_state_dict(fits, strict=False)
-    model.to(device, memory_format=weights.layout(device))
+    model.to(device, memory_format=fast.layout(device))
     average = copy.deepcopy(model).requires_grad_(False)
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if process()[1] > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
@@ -312,7 +311,7 @@ def train_unet(
         dropped = torch.rand(batch_size, 1) < DROP_PROMPT
         said = tokens[chosen, torch.randint(VARIANTS, (batch_size,))].long()
         words = send(torch.where(dropped, empty, said), device)
-        x_0 = send(latents[chosen], device).contiguous(memory_format=weights.layout(device))
+        x_0 = send(latents[chosen], device).contiguous(memory_format=fast.layout(device))
         t, eps = torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (batch_size,), device=device), torch.randn_like(x_0)
         error = parallel(ddim.add_noise(x_0, eps, abar[t]), t, words) - eps
         loss = (error.square().mean((1, 2, 3)) * snr_weight(abar[t])).mean()
@@ -391,6 +390,6 @@ def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torc
         checkpoint.remove()
     if process()[1] > 1:
         dist.barrier()
-    vae = VAE(TOY_VAE).to(device, memory_format=weights.layout(device)).eval()
+    vae = VAE(TOY_VAE).to(device, memory_format=fast.layout(device)).eval()
     vae.load_state_dict(torch.load(finished, map_location="cpu", weights_only=True))
     return vae

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minicn import VAE, ControlNet, StableDiffusion, UNet, UNetConfig, toy, training
-from minicn.checkpoints import hub, weights
+from minicn.checkpoints import hub
 from minicn.clip import TextConfig, TextEncoder
 from minicn.tokenizer import Tokenizer
 from minicn.trainer import recording
@@ -150,7 +150,7 @@ def test_the_optimiser_is_fused_where_that_is_right(device, precision, fused):
 
 def test_convolutions_lie_channels_last_but_on_mps():
     """There channels-last is slow, and was wrong."""
-    layouts = {name: weights.layout(torch.device(name)) for name in ("cpu", "cuda", "mps")}
+    layouts = {name: fast.layout(torch.device(name)) for name in ("cpu", "cuda", "mps")}
     assert layouts == {"cpu": torch.channels_last, "cuda": torch.channels_last, "mps": torch.contiguous_format}
 
 
