@@ -23,10 +23,9 @@ import torch
 
 from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig, ddim
 from minicn.checkpoints.hub import TOY_BASE
-from minicn.pipeline import Control
+from minicn.pipeline import Control, Predictor
 from minicn.tokenizer import Tokenizer
 from minicn.trainer import memory
-from minicn.unet import TextKeys, embed_timesteps
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -117,14 +116,11 @@ def time_steps(args, dtype) -> dict:
     hint = torch.rand(1, 3, args.size, args.size, generator=g).to(args.device, dtype)
     context = torch.randn(2, 77, width, generator=g).to(args.device, dtype)
     t = torch.tensor([951], device=args.device)
-    keys, emb = TextKeys([sd.unet], context), embed_timesteps(sd.unet.time_embed, t, dtype)
-    control = Control(net, hint, 1.0, False, context, t, True)
+    predict = Predictor(sd.unet, context, 9.0, [Control(net, hint, 1.0, False, context, True, x)], (0, 1), 20)
     abar = sd.alphas_cumprod
 
     def minicn_step():
-        batch = x.to(dtype, memory_format=torch.channels_last)
-        eps = sd.unet(batch, t, keys, control.residuals(batch, t, 0), emb).float()
-        return ddim.ddim_step(x, ddim.guide(*eps.chunk(2), 9.0), abar[951], abar[901])
+        return ddim.ddim_step(x, predict(x, 951, 0), abar[951], abar[901])
 
     pipe.scheduler.set_timesteps(20)
     twice = torch.cat([hint, hint])
@@ -145,7 +141,8 @@ def time_steps(args, dtype) -> dict:
 
     a, b = minicn_step().float(), diffusers_step().float()
     print(f"  (relative difference of the two steps: {((a - b).norm() / b.norm()).item():.2g})")
-    return interleave({"minicn": minicn_step, "diffusers": diffusers_step}, args.repeats, args.device)
+    with predict.fast():
+        return interleave({"minicn": minicn_step, "diffusers": diffusers_step}, args.repeats, args.device)
 
 
 def time_pictures(args, dtype) -> dict:

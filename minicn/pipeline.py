@@ -231,7 +231,7 @@ class Start:
         if mask is not None:
             anew = np.asarray(to_rgb(mask).convert("L")) >= 128
             self.mask = Image.fromarray(anew)
-            self.anew = F.max_pool2d(torch.from_numpy(anew).float()[None, None].to(sd.device), 8).bool()  # (1, 1, h, w)
+            self.anew = F.max_pool2d(torch.from_numpy(anew).float()[None, None].to(sd.device), 8).bool()
 
     def restore(self, x: Tensor, i: int) -> Tensor:
         """Let what is not drawn anew follow the forward process of the image, after step i."""

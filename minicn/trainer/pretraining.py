@@ -299,7 +299,8 @@ def train_unet(
             shapes = {name: tensor.shape for name, tensor in part.state_dict().items()}
             fits = {name: tensor for name, tensor in old.state_dict().items() if tensor.shape == shapes.get(name)}
             part.load_state_dict(fits, strict=False)
-    model.to(device, memory_format=fast.layout(device))
+    model.to(device)
+    fast.prepare(model.unet)
     average = copy.deepcopy(model).requires_grad_(False)
     parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if process()[1] > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)

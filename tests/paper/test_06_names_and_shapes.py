@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minicn import VAE, ControlNet, TextConfig, TextEncoder, UNet, VAEConfig
-from minicn.checkpoints import files, weights
+from minicn.checkpoints import files, loading, weights
 
 # The published names, written out
 
@@ -317,7 +317,7 @@ def test_there_and_back_is_the_same_bit_for_bit(unet, controlnet, tmp_path):
         found = weights.contents(files.open_weights(tmp_path / f"{kind}.safetensors"))
         assert list(found.parts) == [kind]
         again = copy.deepcopy(model).to("meta")
-        weights.load_into(again, found.file, found.parts[kind], torch.float32)
+        loading.load_into(again, found.file, found.parts[kind], torch.float32)
         back = again.state_dict()
         assert back.keys() == before.keys() == state.keys()
         assert all(torch.equal(back[key], before[key]) and torch.equal(state[key], before[key]) for key in before)

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers", reason="extra parity is not i
 
 from minicn import ControlNet, StableDiffusion, __main__, ddim  # noqa: E402
 from minicn.checkpoints import converting, hub  # noqa: E402
-from minicn.pipeline import load_model, load_vae  # noqa: E402
+from minicn.checkpoints.models import load_model, load_vae  # noqa: E402
 from minicn.tokenizer import Tokenizer  # noqa: E402
 from minicn.toy import captioning  # noqa: E402
 

@@ -10,7 +10,7 @@ hub_library = pytest.importorskip("huggingface_hub", reason="the extra `hub` is 
 
 from minicn import ControlNet, StableDiffusion  # noqa: E402
 from minicn.checkpoints import hub  # noqa: E402
-from minicn.pipeline import load_vae  # noqa: E402
+from minicn.checkpoints.models import load_vae  # noqa: E402
 
 
 @pytest.fixture

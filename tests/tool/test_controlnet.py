@@ -11,7 +11,7 @@ from closeness import assert_as_exact
 from safetensors import safe_open
 
 from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig
-from minicn.unet import GroupNorm
+from minicn.fast import GroupNorm
 
 # Files
 

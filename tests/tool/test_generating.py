@@ -1,5 +1,6 @@
 """Generating like the field's tools: several ControlNets, guess mode, images and masks, prompts, and the shortcuts."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from closeness import assert_as_exact, assert_close
 from PIL import Image
 
-from minicn import ControlNet, StableDiffusion, __main__, ddim, toy
+from minicn import ControlNet, StableDiffusion, __main__, fast, toy
 from minicn.pipeline import DEFAULT_PROMPT
 from minicn.toy import captioning
-from minicn.unet import Conv3x3, TextKeys, embed_timesteps
+from minicn.unet import Attention, Block, TransformerBlock
 
 STEPS = 3
 SCENE = toy.scene(1, "test")
@@ -57,40 +58,65 @@ def draw(sd, prompt=SCENE.caption, **settings):
 # What is computed once equals what is computed every step
 
 
-def test_text_keys_stand_in_for_the_context(sd, net):
-    """Keys and values of the text, made once, give the U-Net's and the ControlNet's output bit for bit."""
+def test_the_text_is_read_once_and_gives_the_same_numbers(sd, net):
+    """Inside `sampling`, U-Net and ControlNet make keys and values once, and their output is equal bit for bit."""
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([981, 1]), sd.encode_prompts(["a red ball", ""])
-    keys = TextKeys([sd.unet, net], context)
-    hint = torch.rand(1, 3, 128, 128)
+    hint, counts = torch.rand(1, 3, 128, 128), []
+    layers = [m.attn2.to_k for model in (sd.unet, net) for m in model.modules() if isinstance(m, TransformerBlock)]
+    handles = [layer.register_forward_hook(lambda *_: counts.append(1)) for layer in layers]
+    assert len(layers) == 16 + 7  # the cross-attentions of the U-Net and of its encoder's copy
     with torch.no_grad():
-        assert torch.equal(sd.unet(x, t, keys), sd.unet(x, t, context))
-        for a, b in zip(net(x, hint, t, keys), net(x, hint, t, context), strict=True):
-            assert torch.equal(a, b)
-    assert len(keys) == 16 + 7  # the cross-attentions of the U-Net and of its encoder's copy
+        plain = [sd.unet(x, t, context), *net(x, hint, t, context)]
+        counts.clear()
+        with fast.sampling(sd.unet, equal_halves=False), fast.sampling(net, equal_halves=False):
+            for _ in range(3):
+                got = [sd.unet(x, t, context), *net(x, hint, t, context)]
+            assert len(counts) == len(layers)
+            assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+            assert not torch.equal(sd.unet(x, t, context.flip(0)), plain[0])  # another text is read anew
+        assert torch.equal(sd.unet(x, t, context), plain[0])
+    for handle in handles:
+        handle.remove()
+    assert {type(m.attn2) for m in sd.unet.modules() if isinstance(m, TransformerBlock)} == {Attention}
 
 
 @pytest.mark.numbers
 def test_both_halves_of_guidance_share_what_comes_before_the_text(exact):
-    """Latents once with two texts give what latents twice give."""
+    """Inside `sampling`, of two equal halves one is computed up to the first cross-attention; the numbers stay."""
     sd, net = exact
-    x, context = torch.randn(2, 4, 16, 16).double(), sd.encode_prompts(["", "", "a red ball", "a blue star"])
-    hint, t = torch.rand(2, 3, 128, 128).double(), torch.tensor([981, 21])
+    context = sd.encode_prompts(["", "", "a red ball", "a blue star"])
+    x, hint, t = torch.randn(2, 4, 16, 16).double(), torch.rand(2, 3, 128, 128).double(), torch.tensor([981, 21])
+    x, hint, t = (torch.cat([a, a]) for a in (x, hint, t))
     seen = []
     handle = sd.unet.input_blocks[1][0].register_forward_hook(lambda _m, _i, out: seen.append(len(out)))
     with torch.no_grad():
-        once = sd.unet(x, t, context, net(x, hint, t, context))
-        twice = [torch.cat([a, a]) for a in (x, hint, t)]
-        plain = sd.unet(twice[0], twice[2], context, net(*twice, context))
+        plain = sd.unet(x, t, context, net(x, hint, t, context))
+        with fast.sampling(sd.unet, equal_halves=True), fast.sampling(net, equal_halves=True):
+            shared = sd.unet(x, t, context, net(x, hint, t, context))
     handle.remove()
-    assert seen == [2, 4]
-    assert_close(once, plain)
+    assert seen == [4, 2]
+    assert_close(shared, plain)
+    assert {type(block) for model in (sd.unet, net) for block in model.input_blocks} == {Block}
+
+
+def test_without_fast_everything_is_right_only_slower(sd, net, hint, monkeypatch):
+    """A picture drawn, and weights trained, by the models as they stand in their files, and by the exchanged layers."""
+    together = {"hint": hint, "controlnet": net, "num_images": 2}
+    quick = draw(sd, SCENE.caption, **together)
+    monkeypatch.setattr(fast, "prepare", lambda model: None)
+    monkeypatch.setattr(fast, "sampling", lambda model, equal_halves: contextlib.nullcontext())
+    plain_sd, plain_net = StableDiffusion.load("toy"), ControlNet.load("toy-canny")
+    kinds = {type(m) for model in (plain_sd.unet, plain_net) for m in model.modules()}
+    assert not {kind for kind in kinds if kind.__module__ == "minicn.fast"}
+    plain = draw(plain_sd, SCENE.caption, **together | {"controlnet": plain_net})
+    assert abs(quick - plain).max() <= 1
 
 
 @pytest.mark.numbers
 @pytest.mark.parametrize(("size", "learns"), [((3, 5), True), ((3, 5), False), ((16, 16), True), ((17, 16), True)])
 def test_a_wide_convolution_of_a_small_map_is_a_matrix_product(monkeypatch, size, learns):
     """Forwards and backwards the numbers of a convolution, up to rounding; only where it is quicker: CPUs, float32."""
-    conv, x = Conv3x3(768, 768).requires_grad_(learns), torch.randn(1, 768, *size, requires_grad=True)
+    conv, x = fast.Conv3x3(768, 768, 3, padding=1).requires_grad_(learns), torch.randn(1, 768, *size, requires_grad=True)
     push = torch.randn(1, 768, *size)
     inputs = [x, conv.weight, conv.bias] if learns else [x]
 
@@ -101,28 +127,14 @@ def test_a_wide_convolution_of_a_small_map_is_a_matrix_product(monkeypatch, size
     theirs = plain(x, conv.weight, conv.bias)
     true = plain(*(a.detach().double().requires_grad_(a.requires_grad) for a in (x, conv.weight, conv.bias)))
     products, linear = [], F.linear
-    monkeypatch.setattr("minicn.unet.F.linear", lambda *arguments: products.append(1) or linear(*arguments))
+    monkeypatch.setattr("minicn.fast.F.linear", lambda *arguments: products.append(1) or linear(*arguments))
     got = conv(x)
     assert len(products) == (size[0] * size[1] <= 256)
     assert_as_exact([got, *torch.autograd.grad(got, inputs, push)], theirs, true)
     with torch.autocast("cpu", torch.bfloat16):
         assert conv(x).dtype == torch.bfloat16
-    conv.double()(x.double()), Conv3x3(4, 4)(x[:, :4])
+    conv.double()(x.double()), fast.Conv3x3(4, 4, 3, padding=1)(x[:, :4])
     assert len(products) == (size[0] * size[1] <= 256)
-
-
-@pytest.mark.numbers
-def test_timesteps_embedded_together_are_the_timesteps_embedded_alone(exact):
-    """One matrix product for all steps."""
-    sd, _ = exact
-    steps = torch.tensor(ddim.timesteps(20))
-    with torch.no_grad():
-        together = embed_timesteps(sd.unet.time_embed, steps, torch.float64)
-        alone = torch.cat([embed_timesteps(sd.unet.time_embed, t[None], torch.float64) for t in steps])
-        x, context = torch.randn(1, 4, 16, 16).double(), sd.encode_prompts([""])
-        a, b = sd.unet(x, steps[:1], context, emb=together[:1]), sd.unet(x, steps[:1], context)
-    assert_close(together, alone)
-    assert_close(a, b)
 
 
 def test_generate_runs_each_network_no_more_often_than_it_must(sd, net, hint, monkeypatch):
@@ -182,7 +194,7 @@ def test_settings_that_do_not_fit_are_named(sd, net, hint, settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"seed": 1.5}, "seed is 1.5, but must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, but must be an integer"),
         ({"num_steps": "20"}, "num_steps is '20', but must be a number"),
         ({"image": "picture.png"}, "image is str, but must be a PIL picture"),
         ({"image": Image.new("RGB", (64, 64)), "mask": np.zeros((64, 64))}, "mask is ndarray"),
@@ -202,10 +214,10 @@ def test_guess_mode_controls_the_conditional_half_with_falling_scales(exact, hin
     handle = sd.unet.register_forward_pre_hook(lambda _m, args: seen.append(args))
     draw(sd, hint=hint, controlnet=net, guess_mode=mode, conditioning_scale=0.5, num_steps=1)
     handle.remove()
-    [(x, t, _, control, _)] = seen
+    [(x, t, _, control)] = seen
     with torch.no_grad():
         picture = torch.from_numpy(hint).permute(2, 0, 1)[None] / 255
-        plain = net(x, picture.double(), t, sd.encode_prompts([SCENE.caption]))
+        plain = net(x[1:], picture.double(), t[1:], sd.encode_prompts([SCENE.caption]))
     assert len(control) == 13
     for i, (mine, one) in enumerate(zip(control, plain, strict=True)):
         assert not mine[0].any()

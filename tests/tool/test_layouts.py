@@ -19,7 +19,7 @@ import torch
 
 from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig
 from minicn.checkpoints import converting, files, hub, weights
-from minicn.pipeline import load_model, load_vae
+from minicn.checkpoints.models import load_model, load_vae
 from minicn.tokenizer import Tokenizer
 
 # Narrow, but with the heads and groups of Stable Diffusion 1.5, which leave no trace in a file.

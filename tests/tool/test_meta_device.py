@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minicn import VAE, ControlNet, StableDiffusion, UNet, UNetConfig, toy, training
+from minicn import VAE, ControlNet, StableDiffusion, UNet, UNetConfig, fast, toy, training
 from minicn.checkpoints import hub
 from minicn.clip import TextConfig, TextEncoder
 from minicn.tokenizer import Tokenizer

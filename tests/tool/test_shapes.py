@@ -28,9 +28,9 @@ import minicn
 from minicn import conditions, toy, training
 from minicn.commands import device_check
 from minicn.conditions import drawing, making, networks, palettes
+from minicn.fast import Conv3x3
 from minicn.toy import judging, measures
 from minicn.trainer import data, pretraining
-from minicn.unet import Conv3x3
 
 PACKAGE = Path(minicn.__file__).parent
 SHAPE = re.compile(r"(?:(\w+)`? )?\(([^()]*,[^()]*)\)(?: +(u?int\d+|float\d+|bool)\b)?")  # with the words around it
@@ -272,7 +272,7 @@ def drawing_pictures(sd: minicn.StableDiffusion):
     sd.generate(["a ball", "a cone", "a box"], hint=hint, controlnet=net, num_steps=2, eta=1.0)
     minicn.hint_encoder(5)(torch.zeros(2, 3, 16, 24))
     minicn.zero_linear(4)(torch.zeros(2, 5, 4))
-    Conv3x3(720, 700)(torch.randn(2, 720, 4, 6)).sum().backward()  # wide enough for MatrixProduct
+    Conv3x3(720, 700, 3, padding=1)(torch.randn(2, 720, 4, 6)).sum().backward()  # wide enough for MatrixProduct
 
 
 def trainings(sd: minicn.StableDiffusion, folder: Path):

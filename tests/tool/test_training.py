@@ -16,9 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConfig, __main__, ddim, toy, training
+from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConfig, __main__, ddim, fast, toy, training
 from minicn.checkpoints import files, hub, weights
-from minicn.pipeline import load_model
+from minicn.checkpoints.models import load_model
 from minicn.trainer import data, memory, recording
 
 ROOT = Path(__file__).parents[2]
@@ -224,11 +224,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory(few, sd, examples, tm
 
     def kept(checkpointing):
         net, sizes = fresh(sd), []
-        net.gradient_checkpointing = sd.unet.gradient_checkpointing = checkpointing
+        for model in (sd.unet, net):
+            fast.recompute(model, checkpointing)
         batch = examples.batch(0, 1, 2, 0.5, torch.device("cpu"))
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             training.controlnet_loss(sd.unet, net, batch, sd.alphas_cumprod)
-        sd.unet.gradient_checkpointing = False
+        fast.recompute(sd.unet, False)
         return sum(sizes)
 
     assert kept(True) < 0.5 * kept(False)

@@ -1,0 +1,97 @@
+"""From tensors of a file to a model: built without filling it, and checked tensor by tensor."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from minicn.checkpoints.files import WeightFile
+from minicn.checkpoints.weights import Keys
+
+# Methods by which numbers are written into a tensor. (Others that end in _ change what is known of it, as requires_grad_.)
+WRITES = {getattr(Tensor, f"{name}_") for name in "normal uniform zero fill copy add mul div sub clamp erfinv".split()}
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside `with`, modules are built on "meta", and nothing is written into their weights, which a file replaces.
+
+    (Filling on "meta" writes nothing, but random numbers there make PyTorch import its compiler, a second or two.) Functions
+    of nn.init and in-place methods of tensors return what they were given. It holds for this thread alone.
+    """
+
+    def __enter__(self) -> "Unfilled":
+        self.meta = torch.device("meta")
+        self.meta.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        super().__exit__(*error)
+        self.meta.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in WRITES:
+            return (kwargs or {}).get("tensor", args[0] if args else None)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def building(path: Path, what: str) -> Iterator[None]:
+    """Inside `with`, build a model without filling it. Raises ValueError, naming the file, for what cannot be built."""
+    try:
+        with Unfilled():
+            yield
+    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path} describes no {what} that can be built: {error}") from error
+
+
+CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is looked at while loading; of larger ones, at first use
+
+
+def load_into(
+    model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
+    """Give a model built on "meta" the tensors of a file, without a copy where precision and device are the file's.
+
+    Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor. (Large models are
+    only mapped: a non-finite tensor is then found by `prepare`, at first use.)
+    """
+    own = model.state_dict()
+    missing, unknown = [k for k in own if k not in keys], [k for k in keys if k not in own]
+    if missing or unknown:
+        raise ValueError(
+            f"{file.path} does not fit: {len(missing)} tensors are missing ({', '.join(missing[:3]) or '-'}), "
+            f"{len(unknown)} are unknown ({', '.join(keys[k] for k in unknown[:3]) or '-'})"
+        )
+    state = {}
+    for name, like in own.items():
+        shape = file.shapes[keys[name]]
+        if shape != tuple(like.shape) and not (
+            like.ndim == 4 and shape == tuple(like.shape[:2]) and like.shape[2:] == (1, 1)
+        ):
+            raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but needs {tuple(like.shape)}")
+        tensor = file.get(keys[name])
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{file.path}: {keys[name]} holds {file.dtypes[keys[name]]}, but weights are floating-point numbers"
+            )
+        state[name] = tensor.view(like.shape).to(device, dtype)
+    model.load_state_dict(state, assign=True)
+    model.unchecked = (str(file.path), keys)
+    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) <= CHECKED_AT_ONCE:
+        check_finite(model)
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Look at every number of a model once after loading. Raises ValueError, naming file and tensor, for NaN or infinity."""
+    path, keys = getattr(model, "unchecked", None) or (None, {})
+    if path is None:
+        return
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # a sum only reads; isfinite of each would write a mask
+            raise ValueError(f"{path}: {keys[name]} holds NaN or infinite values: the file is damaged, fetch it again")
+    model.unchecked = None
