@@ -1,25 +1,19 @@
 """The toy world (`world`), how well pictures show it (`measures`, `judging`), and the weights trained on it."""
 
+from minicn.toy.rendering import BACKGROUNDS, COLOURS, KEYPOINTS, SIZE, THINGS, Thing, shading
 from minicn.toy.world import (
     ADE20K,
-    BACKGROUNDS,
     COCO_POINTS,
     COCO_STUFF,
-    COLOURS,
     HINTS,
-    KEYPOINTS,
     RELATIONS,
     SHADES,
-    SIZE,
-    THINGS,
     Scene,
-    Thing,
     captions,
     name_colours,
     scene,
     scenes,
     sentence,
-    shading,
     shows_caption,
     soft_edges,
     thing_names,

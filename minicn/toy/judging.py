@@ -127,7 +127,7 @@ def spoil(scene: toy.Scene, draw: random.Random) -> tuple[np.ndarray, dict[str, 
         kinds = [kind for kind in toy.THINGS if kind != thing.kind]
         pose = tuple(draw.uniform(-1, 1) for _ in range(6))
         other = replace(thing, kind=draw.choice(kinds), pose=pose, turn=draw.random())
-        there = toy.world._render((*scene.things[:number], other, *scene.things[number + 1 :]), scene.background)
+        there = toy.rendering.render((*scene.things[:number], other, *scene.things[number + 1 :]), scene.background)
         angle = draw.uniform(0, 2 * math.pi)
         y, x = np.mgrid[: toy.SIZE, : toy.SIZE]
         side = ((x - thing.x) * math.cos(angle) + (y - thing.y) * math.sin(angle)) > draw.uniform(-0.25, 0.25) * thing.radius
@@ -146,7 +146,7 @@ def spoil(scene: toy.Scene, draw: random.Random) -> tuple[np.ndarray, dict[str, 
             pose = tuple(draw.uniform(-1, 1) for _ in range(6))
             kind = draw.choice(toy.THINGS)
             second = toy.Thing(kind, thing.colour, cx, cy, radius, 0.0, draw.random(), pose)
-            return toy.world._render((*scene.things, second), scene.background)[0], verdicts | {thing.colour: "other"}
+            return toy.rendering.render((*scene.things, second), scene.background)[0], verdicts | {thing.colour: "other"}
     return scene.image, verdicts
 
 

@@ -232,7 +232,7 @@ def test_limbs_go_from_joint_to_joint():
 def draw_again(scene, **changes):
     """The scene's picture with its people changed."""
     things = [dataclasses.replace(t, **{k: v(t) for k, v in changes.items()}) if t.pose else t for t in scene.things]
-    return toy.world._render(tuple(things), scene.background)[0]
+    return toy.rendering.render(tuple(things), scene.background)[0]
 
 
 @pytest.mark.parametrize(

@@ -211,7 +211,7 @@ def test_what_stands_in_front_is_nearer():
             front, behind = (scene.depth[scene.labels == 1 + toy.THINGS.index(kind)] for kind in kinds)
             assert front.min() > behind.max() - 0.15
             assert front.mean() > behind.mean()
-            alone = toy.world._render(scene.things[:1], scene.background)[3] > 0  # labels of the front thing by itself
+            alone = toy.rendering.render(scene.things[:1], scene.background)[3] > 0  # labels of the front thing by itself
             assert (scene.labels[alone] == 1 + toy.THINGS.index(kinds[0])).all()
             seen += 1
     assert seen >= 20
