@@ -77,7 +77,6 @@ def sample(
     abar: Tensor,
     num_steps: int,
     begin: int = 0,
-    *,
     eta: float = 0.0,
     generator: torch.Generator | None = None,
     after: Callable[[Tensor, int], Tensor] | None = None,

@@ -66,8 +66,8 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
     return hint.float()
 
 
-def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[float]]:
-    """Return ControlNets, hints and scales as lists of one length. Raises ValueError, saying what is missing."""
+def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list[Tensor], list[float]]:
+    """Return ControlNets, hints as tensors and scales, in lists of one length. Raises ValueError, saying what is missing."""
     nets = [] if controlnet is None else list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
     for net in nets:
         if not isinstance(net, ControlNet):
@@ -82,7 +82,7 @@ def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list, list[fl
         )
     for value in scales:
         check_range("conditioning_scale", value, 0, math.inf)
-    return nets, hints, scales[: len(nets)]
+    return nets, [hint_tensor(h) for h in hints], scales[: len(nets)]
 
 
 def size_of(height, width, hints: list[Tensor], image: Image.Image | None, default: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from minicn import ddim, fast
 from minicn.clip import TextEncoder
 from minicn.controlnet import ControlNet, check_hint
-from minicn.inputs import check_settings, hint_tensor, pair_hints, size_of, to_rgb
+from minicn.inputs import check_settings, pair_hints, size_of, to_rgb
 from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE
@@ -182,7 +182,6 @@ class StableDiffusion:
             return self.generate([prompt(picture) for picture in first], **settings | {"num_images": 1})
         check_settings(prompt, settings)
         nets, hints, scales = pair_hints(controlnet, hint, conditioning_scale)
-        hints = [hint_tensor(h).to(self.device, self.dtype) for h in hints]
         height, width = size_of(height, width, hints, image, self.image_size)
         self.prepare(*nets)
 
@@ -191,14 +190,15 @@ class StableDiffusion:
         context = self.encode_prompts([negative_prompt] * len(prompts) + prompts if guided else prompts)
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn((len(prompts), 4, height // 8, width // 8), generator=generator).to(self.device)
-        given = zip(nets, hints, scales, strict=True)
-        controls = [Control(net, h, scale, guess_mode, context, guided, noise) for net, h, scale in given]
+        controls = [
+            Control(net, h.to(self.device, self.dtype), scale, guess_mode, context, guided, noise)
+            for net, h, scale in zip(nets, hints, scales, strict=True)
+        ]
         predict = Predictor(self.unet, context, guidance_scale, controls, (control_start, control_end), num_steps)
         start = Start(self, noise, image, mask, denoise, num_steps)
         with predict.fast():
             x = ddim.sample(
-                *(predict, start.x, self.alphas_cumprod, num_steps, start.step),
-                **{"eta": eta, "generator": generator, "after": start.restore, "progress": progress},
+                predict, start.x, self.alphas_cumprod, num_steps, start.step, eta, generator, start.restore, progress
             )
         return start.paste(self.decode_latents(x))
 

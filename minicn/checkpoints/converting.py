@@ -101,53 +101,54 @@ def convert(
     See `minicn convert --help` for the rest. Raises ValueError, naming the file, for what cannot be had from it.
     """
     path = hub.resolve(source, variant)
-    found = open_contents(path, variant)
-    kinds = [kind for contents in found for kind in contents.parts]
+    held = {kind: contents for contents in open_contents(path, variant) for kind in contents.parts}
     if part is None:
-        whole = all(kind in kinds for kind in MODELS)
-        part = "controlnet" if "controlnet" in kinds else "model" if whole else kinds[0]
-    absent = [weights.WORDS[kind] for kind in (MODELS if part == "model" else (part,)) if kind not in kinds]
+        whole = all(kind in held for kind in MODELS)
+        part = "controlnet" if "controlnet" in held else "model" if whole else next(iter(held))
+    wanted = tuple(MODELS) if part == "model" else (part,)
+    absent = [weights.WORDS[kind] for kind in wanted if kind not in held]
     if absent:
-        held = ", ".join(weights.WORDS[kind] for kind in kinds)
-        raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {held}")
+        there = ", ".join(weights.WORDS[kind] for kind in held)
+        raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {there}")
+    name = weights.WORDS.get(part, "whole model")
     if transfer_to is not None and part != "controlnet":
-        raise ValueError(
-            f"--transfer-to moves a ControlNet, but {path} is to give its {weights.WORDS.get(part, 'whole model')}"
-        )
+        raise ValueError(f"--transfer-to moves a ControlNet, but {path} is to give its {name}")
     if transfer_from is not None and transfer_to is None:
         raise ValueError("--transfer-from says where from, but --transfer-to is missing: where to?")
-    held = {kind: contents for contents in found for kind in contents.parts}
-    keep = {kind: dtype or precision(held[kind], kind) for kind in (MODELS if part == "model" else (part,))}
+    keep = {kind: dtype or precision(held[kind], kind) for kind in wanted}
     if part == "controlnet":
         base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
-        own = keep[part]
-        net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else own, variant=variant)
+        net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else keep[part], variant=variant)
         loading.check_finite(net)
         if transfer_to is not None:
             if transfer_from is None and "unet" not in held:
                 raise ValueError(f"{path} holds no U-Net: name the base that it was trained on (--transfer-from)")
             transfer(net, _unet(hub.resolve(transfer_to)), _unet(hub.resolve(transfer_from) if transfer_from else path))
-        net.save(destination, layout=layout, dtype=own)
+        net.save(destination, layout=layout, dtype=keep[part])
     else:
-        models = {}
-        for kind, own in keep.items():
-            at = path / kind if (path / kind).is_dir() else path
-            models[kind] = load_model(
-                kind, at if at.is_dir() else held[kind], own, variant=variant, ema=ema and kind == "unet"
-            )
-            loading.check_finite(models[kind])
+        models = {kind: _load(path, held[kind], kind, keep[kind], variant, ema and kind == "unet") for kind in wanted}
         if part == "model":
-            words = None
-            if layout == "diffusers":  # a single file has no place for it
-                if tokenizer is not None:
-                    words = Tokenizer.load(hub.tokenizer_folder(tokenizer))
-                else:
-                    words = Tokenizer.load(path / "tokenizer" if path.is_dir() else hub.default_tokenizer())
+            words = _tokenizer(path, tokenizer) if layout == "diffusers" else None  # a single file has no place for it
             StableDiffusion(**models, tokenizer=words).save(destination, layout=layout)
         else:
             save_model(part, models[part], destination, layout)
-    kinds_of = " and ".join(sorted({str(own).removeprefix("torch.") for own in keep.values()}))
-    return f"{destination}: {weights.WORDS.get(part, 'whole model')}, layout {layout}, {kinds_of}"
+    precisions = " and ".join(sorted({str(own).removeprefix("torch.") for own in keep.values()}))
+    return f"{destination}: {name}, layout {layout}, {precisions}"
+
+
+def _load(path: Path, found: weights.Contents, kind: str, dtype: torch.dtype, variant: str | None, ema: bool):
+    """Load one model, and look at every number."""
+    at = path / kind if (path / kind).is_dir() else path
+    model = load_model(kind, at if at.is_dir() else found, dtype, variant=variant, ema=ema)
+    loading.check_finite(model)
+    return model
+
+
+def _tokenizer(path: Path, given: str | None) -> Tokenizer:
+    """Return the tokenizer that was given, else the folder's own, else CLIP's."""
+    if given is not None:
+        return Tokenizer.load(hub.tokenizer_folder(given))
+    return Tokenizer.load(path / "tokenizer" if path.is_dir() else hub.default_tokenizer())
 
 
 def precision(found: weights.Contents, kind: str) -> torch.dtype:

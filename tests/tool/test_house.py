@@ -75,9 +75,14 @@ def test_no_file_is_longer_than_450_lines():
 
 
 def test_no_function_is_longer_than_60_lines():
+    """Without its docstring."""
     long = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
-                long[f"{name_of(path)}.{node.name}"] = node.end_lineno - node.lineno + 1
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[0]
+                docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
+                length = node.end_lineno - node.lineno + 1 - docstring
+                if length > 60:
+                    long[f"{name_of(path)}.{node.name}"] = length
     assert long == {}
