@@ -90,13 +90,13 @@ class TextTransformer(nn.Module):
     def __init__(self, cfg: TextConfig):
         super().__init__()
         self.embeddings = Embeddings(cfg)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
+        layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})
         self.final_layer_norm = nn.LayerNorm(cfg.hidden_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.embeddings(tokens)
-        for layer in self.encoder.layers:
+        for layer in self.encoder["layers"].children():
             h = layer(h)
         return self.final_layer_norm(h)
 

@@ -1,7 +1,8 @@
 """ControlNet: a trainable copy of the U-Net's encoder, joined to the locked model by zero convolutions.
 
-Source: Zhang and Agrawala, arXiv:2302.05543v1, eqs. (2) to (9); the module names are those of the published
-checkpoints. `ControlledBlock` is eq. (2) for any block, `ControlNet` the same idea for the U-Net of Stable Diffusion.
+Source: Zhang and Agrawala, arXiv:2302.05543v1, eqs. (1) to (9); the module names are those of the published checkpoints.
+`ControlledBlock` joins locked and trainable copy for any block; `ControlNet` does it for the U-Net of Stable Diffusion,
+with 12 + 1 connections: the twelve skips and the middle block.
 """
 
 import copy
@@ -16,10 +17,10 @@ from minicn.unet import UNet, UNetConfig, build_encoder, check_inputs, zero_modu
 
 
 def zero_conv(c_in: int, c_out: int | None = None, kernel_size: int = 1) -> nn.Conv2d:
-    """Return a convolution whose weight and bias start at zero, eq. (5).
+    """Return a zero convolution, eq. (5): weight and bias start at zero.
 
-    Its output is zero at first, yet its weight's gradient is its input times the gradient behind it, eq. (6): it learns
-    from the first step on.
+    Its output is zero at first, yet its weight's gradient is its input times the gradient behind it, eq. (6). So after one
+    step of gradient descent the weight is not zero, eq. (7), and passes gradients on to what is before it, eq. (8).
     """
     return zero_module(nn.Conv2d(c_in, c_out or c_in, kernel_size, padding=kernel_size // 2))
 
@@ -52,7 +53,8 @@ class ControlledBlock(nn.Module):
         return self
 
     def forward(self, x: Tensor, c: Tensor, *args) -> Tensor:
-        y = self.locked(x, *args)
+        y = self.locked(x, *args)  # eq. (1)
+        # At first both zero convolutions give 0: the copy computes what the locked block does, eq. (3), so y_c = y, eq. (4)
         return y + self.zero_out(self.copy(x + self.zero_in(c), *args))
 
 
@@ -68,7 +70,7 @@ class ControlNetConfig:
 
 
 def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False) -> nn.Sequential:
-    """Return E of eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
+    """Return E of c_f = E(c_i), eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
 
     Paper vs code: the paper describes 4x4 stride-2 convolutions with ReLU; the released weights were trained with eight
     3x3 ones and SiLU, three of stride 2. The weights decide; `paper=True` is the paper's. (It writes of four widths, 16
@@ -94,9 +96,10 @@ def init_he(layers: list[nn.Module]) -> list[nn.Module]:
     hints reaches the end several thousand times smaller, and has to be grown first: on the toy a ControlNet for depth
     then begins to follow after 2500 steps instead of 150 (the two logs in toy/controlnets/depth).
     """
-    for convolution in layers[::2]:
-        nn.init.kaiming_normal_(convolution.weight)
-        nn.init.zeros_(convolution.bias)
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.constant_(layer.get_parameter("bias"), 0)
     return layers
 
 
@@ -119,7 +122,7 @@ class ControlNet(nn.Module):
         """Make the trainable copy of a U-Net's encoder, in its dtype and on its device; the U-Net is left as it is."""
         net = cls(ControlNetConfig(unet.cfg, hint_channels, paper_hint_encoder))
         for part in ("time_embed", "input_blocks", "middle_block"):
-            # Numerics: a deep copy keeps the memory layout, too, so that eq. (3) holds bit for bit.
+            # Numerics: a deep copy keeps the memory layout, too, so that the copy computes the same bits.
             setattr(net, part, copy.deepcopy(getattr(unet, part)).requires_grad_(True))
         like = next(unet.parameters())
         return net.to(like.device, like.dtype)
@@ -158,7 +161,7 @@ class ControlNet(nn.Module):
         return self.residuals(x, self.hint_features(hint), timesteps, context)
 
     def hint_features(self, hint: Tensor) -> Tensor:
-        """Return E(hint) of eq. (9), (B, C, h, w), which does not change from step to step."""
+        """Return c_f = E(hint), (B, C, h, w), which does not change from step to step."""
         return self.input_hint_block(hint.flip(1) if self.cfg.bgr else hint)
 
     def residuals(self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:

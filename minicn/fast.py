@@ -7,6 +7,7 @@ rounding. `prepare` is for any use, `recompute` for training, `sampling` for the
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from minicn.unet import Attention, Block, ResBlock, SpatialTransformer, TransformerBlock
+from minicn.controlnet import ControlNet
+from minicn.unet import Attention, Block, ResBlock, SpatialTransformer, TransformerBlock, UNet
 
 
 def layout(device: str | torch.device) -> torch.memory_format:
@@ -139,7 +141,9 @@ class HalfBlock(Block):
     are the same numbers.
     """
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
+    ) -> Tensor:
         h = x[: len(x) // 2]
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -151,7 +155,7 @@ class HalfBlock(Block):
 
 def half_transformer(layer: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
     """Do what SpatialTransformer does, for x that stands for both halves of `context`; return both."""
-    block = layer.transformer_blocks[0]
+    block = cast(TransformerBlock, layer.transformer_blocks[0])
     h = layer.proj_in(layer.norm(x)).flatten(2).transpose(1, 2)
     normed = block.norm1(h)
     h = twice(h + block.attn1(normed, normed))
@@ -165,7 +169,7 @@ def twice(x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def sampling(model: nn.Module, equal_halves: bool) -> Iterator[None]:
+def sampling(model: UNet | ControlNet, equal_halves: bool) -> Iterator[None]:
     """Inside `with`, a U-Net or ControlNet computes once what does not change from step to step, or from half to half.
 
     equal_halves  every batch consists of the same latents and timesteps twice
@@ -179,10 +183,12 @@ def sampling(model: nn.Module, equal_halves: bool) -> Iterator[None]:
     for module in list(model.modules()):
         if isinstance(module, TransformerBlock):
             exchange(module.attn2, TextOnce)
-    for block in model.input_blocks if equal_halves else ():
-        exchange(block, HalfBlock)
-        if any(isinstance(layer, SpatialTransformer) for layer in block):
+    for block in model.input_blocks.children():
+        if not equal_halves:
             break
+        exchange(block, HalfBlock)
+        if any(isinstance(layer, SpatialTransformer) for layer in block.children()):
+            break  # here the text comes in
     try:
         yield
     finally:

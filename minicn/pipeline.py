@@ -82,11 +82,11 @@ class StableDiffusion:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.out[2].weight.device
+        return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.unet.out[2].weight.dtype
+        return next(self.unet.parameters()).dtype
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -243,7 +243,9 @@ class Start:
 
     def paste(self, pictures: list[Image.Image]) -> list[Image.Image]:
         """Put back the pixels of the image where nothing was drawn anew."""
-        return pictures if self.mask is None else [Image.composite(new, self.image, self.mask) for new in pictures]
+        if self.image is None or self.mask is None:
+            return pictures
+        return [Image.composite(picture, self.image, self.mask) for picture in pictures]
 
 
 class Predictor:
@@ -275,7 +277,8 @@ class Predictor:
         control = sum_residuals(residuals) if residuals else None
         eps = self.unet(batch, timesteps, self.context, control).float()
         if guided:
-            eps = ddim.guide(*eps.chunk(2), self.guidance_scale)
+            eps_uncond, eps_cond = eps.chunk(2)
+            eps = ddim.guide(eps_uncond, eps_cond, self.guidance_scale)
         if not torch.isfinite(eps).all():
             remedy = "the weights are damaged" if batch.dtype == torch.float32 else "use float32 (dtype, --dtype)"
             raise ValueError(f"step {i + 1} of {self.num_steps} (t = {t}) gave NaN in {batch.dtype}: {remedy}")
@@ -313,7 +316,7 @@ class Control:
         if guess_mode and not net.cfg.global_pool:
             ratio = 0.825 if guess_mode is True else 0.1 ** (1 / 12)
             self.scales = [scale * ratio ** (12 - i) for i in range(13)]
-        self.features = net.hint_features(hint)  # E(hint) of eq. (9), once for all steps
+        self.features = net.hint_features(hint)  # once for all steps
         if guided and not self.half and len(hint) > 1:
             self.features = torch.cat([self.features, self.features])
         self.context = context.chunk(2)[1] if self.half else context

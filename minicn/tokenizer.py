@@ -172,7 +172,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 def _parse_merges(text: str, path: Path) -> list[tuple[str, str]]:
     """Read "a b" lines below the version line."""
-    merges = [tuple(line.split()) for line in text.splitlines()[1:] if line.strip()]
-    if any(len(pair) != 2 for pair in merges):
+    pairs = [line.split() for line in text.splitlines()[1:] if line.strip()]
+    if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{path} has a line that is no pair of tokens: this is not a list of merges")
-    return merges
+    return [(a, b) for a, b in pairs]

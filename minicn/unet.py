@@ -12,10 +12,13 @@ labels, scale-shift norms, dropout, transformers deeper than one block).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TimeEmbedding(nn.Sequential):
         self.channels = channels
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        return super().forward(timestep_embedding(timesteps, self.channels).to(self[0].weight.dtype))
+        return super().forward(timestep_embedding(timesteps, self.channels).to(next(self.parameters()).dtype))
 
 
 class ResBlock(nn.Module):
@@ -176,7 +179,9 @@ class Upsample(nn.Module):
 class Block(nn.Sequential):
     """One of the paper's 25 blocks: layers in a row, each given what it takes."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
@@ -189,7 +194,7 @@ class Block(nn.Sequential):
         return x
 
 
-def zero_module(module: nn.Module) -> nn.Module:
+def zero_module(module: M) -> M:
     """Set every parameter of a module to zero."""
     for p in module.parameters():
         nn.init.zeros_(p)
@@ -208,7 +213,7 @@ def build_encoder(cfg: UNetConfig) -> tuple[TimeEmbedding, nn.ModuleList, Block,
     skip_channels = [widths[0]]
     for level, width in enumerate(widths):
         for _ in range(cfg.num_res_blocks):
-            layers = [ResBlock(skip_channels[-1], width, emb_dim, groups)]
+            layers: list[nn.Module] = [ResBlock(skip_channels[-1], width, emb_dim, groups)]
             if level < len(widths) - 1:
                 layers.append(SpatialTransformer(width, cfg.context_dim, cfg.num_heads, groups))
             input_blocks.append(Block(*layers))
@@ -237,7 +242,7 @@ class UNet(nn.Module):
         for level in reversed(range(len(cfg.channel_mult))):
             width = cfg.model_channels * cfg.channel_mult[level]
             for i in range(cfg.num_res_blocks + 1):
-                layers = [ResBlock(c_in + skip_channels.pop(), width, emb_dim, groups)]
+                layers: list[nn.Module] = [ResBlock(c_in + skip_channels.pop(), width, emb_dim, groups)]
                 if level < len(cfg.channel_mult) - 1:
                     layers.append(SpatialTransformer(width, cfg.context_dim, cfg.num_heads, groups))
                 if level > 0 and i == cfg.num_res_blocks:

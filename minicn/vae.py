@@ -83,13 +83,52 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def middle(channels: int, groups: int) -> nn.Module:
-    """Resnet, attention, resnet, at the coarsest level."""
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels, groups)
-    mid.attn_1 = AttnBlock(channels, groups)
-    mid.block_2 = ResnetBlock(channels, channels, groups)
-    return mid
+class Middle(nn.Module):
+    """Resnet block, attention, resnet block."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """Resnet blocks of one width."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(c_out if i else c_in, c_out, groups) for i in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+class DownLevel(Level):
+    """Resnet blocks, then half the size, but for the last level."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
+        super().__init__(c_in, c_out, blocks, groups)
+        self.downsample = nn.Identity() if last else Downsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    """Resnet blocks, then twice the size, but for the last level."""
+
+    def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
+        super().__init__(c_in, c_out, blocks, groups)
+        self.upsample = nn.Identity() if last else Upsample(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
 
 
 class Encoder(nn.Module):
@@ -97,32 +136,19 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        groups, widths = cfg.norm_num_groups, cfg.channels
+        groups, widths, blocks = cfg.norm_num_groups, cfg.channels, cfg.layers_per_block
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        c_in = widths[0]
-        for i, c_out in enumerate(widths):
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(cfg.layers_per_block):
-                level.block.append(ResnetBlock(c_in, c_out, groups))
-                c_in = c_out
-            if i < len(widths) - 1:
-                level.downsample = Downsample(c_out)
-            self.down.append(level)
-        self.mid = middle(widths[-1], groups)
+        pairs = zip((widths[0], *widths), widths, strict=False)
+        self.down = nn.ModuleList(DownLevel(*pair, blocks, groups, i == len(widths) - 1) for i, pair in enumerate(pairs))
+        self.mid = Middle(widths[-1], groups)
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(F.silu(self.norm_out(h)))
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -130,32 +156,19 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: VAEConfig):
         super().__init__()
-        groups, widths = cfg.norm_num_groups, cfg.channels
+        groups, widths, blocks = cfg.norm_num_groups, cfg.channels, cfg.layers_per_block + 1
         self.conv_in = nn.Conv2d(cfg.latent_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], groups)
-        levels = []
-        c_in = widths[-1]
-        for i, c_out in reversed(list(enumerate(widths))):
-            level = nn.Module()
-            level.block = nn.ModuleList()
-            for _ in range(cfg.layers_per_block + 1):
-                level.block.append(ResnetBlock(c_in, c_out, groups))
-                c_in = c_out
-            if i > 0:
-                level.upsample = Upsample(c_out)
-            levels.append(level)
-        self.up = nn.ModuleList(reversed(levels))  # Compat: stored in the encoder's order; the last runs first
+        self.mid = Middle(widths[-1], groups)
+        pairs = zip((*widths[1:], widths[-1]), widths, strict=True)
+        # Compat: stored in the encoder's order; the last runs first.
+        self.up = nn.ModuleList(UpLevel(*pair, blocks, groups, i == 0) for i, pair in enumerate(pairs))
         self.norm_out = group_norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
-        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 

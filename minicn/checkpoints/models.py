@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,7 +85,7 @@ def load_stable_diffusion(
     vae_dtype: torch.dtype | None = None,
     variant: str | None = None,
     ema: bool = False,
-) -> dict[str, nn.Module | Tokenizer]:
+) -> dict[str, Any]:
     """Load unet, vae, text_encoder and tokenizer, under these names.
 
     source     a diffusers folder; an ldm .safetensors, .ckpt or .pth; a Hugging Face repository; or "toy", the small

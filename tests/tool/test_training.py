@@ -518,6 +518,7 @@ def test_the_ledger_counts_what_autograd_keeps():
     cfg, size = SHAPES
     unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
     recipe = training.Recipe(steps=1, batch_size=2)
+    fast.prepare(unet), fast.prepare(net)
     training.lock(unet, net, recipe)
     own = {p.untyped_storage().data_ptr() for model in (unet, net) for p in model.parameters()}
     batch, kept = memory.example(net, recipe, size, 1, torch.device("cpu")), {}
