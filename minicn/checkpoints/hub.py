@@ -31,7 +31,10 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
         path = TOY_CONTROLNETS / text.removeprefix("toy-")
         if not path.is_dir():
             there = ", ".join(sorted(f"toy-{folder.name}" for folder in TOY_CONTROLNETS.glob("*/")))
-            raise FileNotFoundError(f"there is no ControlNet {source}; those that ship: {there or 'none'}")
+            raise FileNotFoundError(
+                f"there is no ControlNet {source}; those that are installed: {there or 'none'}; minicn's repository holds "
+                "eleven, in minicn/toy/controlnets: name the folder of one"
+            )
         return path
     parts = text.split("/")
     if not isinstance(source, str) or not REPOSITORY.fullmatch("/".join(parts[:2])) or ".." in parts or "" in parts:

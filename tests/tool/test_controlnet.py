@@ -79,7 +79,7 @@ def test_unknown_layouts_and_missing_files_are_refused(controlnet, tmp_path):
         controlnet.save(tmp_path / "x", layout="onnx")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is no file or folder"):
         ControlNet.load(tmp_path / "nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match="no ControlNet toy-unheard-of; those that ship"):
+    with pytest.raises(FileNotFoundError, match="no ControlNet toy-unheard-of; those that are installed"):
         ControlNet.load("toy-unheard-of")
 
 

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,13 @@ def test_no_function_is_longer_than_60_lines():
                 if length > 60:
                     long[f"{name_of(path)}.{node.name}"] = length
     assert long == {}
+
+
+def test_what_is_installed_weighs_at_most_40_mb():
+    """Weights are all but all of a wheel: the base, and the ControlNets that pyproject.toml names."""
+    data = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"][
+        "minicn"
+    ]
+    files = {path for pattern in data for path in PACKAGE.glob(pattern) if path.is_file()}
+    assert {"canny", "scribble"} == {path.parts[-2] for path in files if "controlnets" in path.parts}
+    assert sum(path.stat().st_size for path in files) < 40e6
