@@ -50,7 +50,7 @@ def fields_from_config(fields: dict[str, str], config: dict, source: str | Path)
 
 
 def _whole(widths: object) -> bool:
-    """Tell whether these are whole numbers from 1, at least one."""
+    """Tell whether this is a list of positive integers, and not empty."""
     return isinstance(widths, list) and bool(widths) and all(isinstance(w, int) and w > 0 for w in widths)
 
 
@@ -78,7 +78,7 @@ def check_fixed(config: dict, source: str | Path) -> None:
 def check_heads(heads: object, widths: list[int], source: str | Path) -> None:
     """Raise ValueError unless a number of heads divides every width."""
     if not isinstance(heads, int) or heads < 1 or any(width % heads for width in widths):
-        raise ValueError(f"{source} has {heads!r} attention heads, but a whole number that divides {widths} is needed")
+        raise ValueError(f"{source} has {heads!r} attention heads, but expected an integer that divides {widths}")
 
 
 def vae_fields(config: dict, source: str | Path) -> dict:

@@ -33,7 +33,7 @@ def describe(source: str | Path) -> Iterator[str]:
     for found in open_contents(path):
         yield f"{found.file.path}: {found.layout}, {found.file.container}"
         for kind, keys in found.parts.items():
-            yield "  " + _row(weights.WORDS[kind], found, keys)
+            yield "  " + _row(weights.DISPLAY_NAMES[kind], found, keys)
         if found.ema:
             yield "  " + _row("U-Net, moving average", found, found.ema)
         if found.difference:
@@ -98,7 +98,7 @@ def convert(
     """Write a model in another layout and return a sentence that says what was written.
 
     part  one of KINDS; None: a ControlNet if there is one, else the whole model, else the one model that is there
-    See `minicn convert --help` for the rest. Raises ValueError, naming the file, for what cannot be had from it.
+    See `minicn convert --help` for the rest. Raises ValueError, naming the file, for what it does not hold.
     """
     path = hub.resolve(source, variant)
     held = {kind: contents for contents in open_contents(path, variant) for kind in contents.parts}
@@ -106,11 +106,11 @@ def convert(
         whole = all(kind in held for kind in MODELS)
         part = "controlnet" if "controlnet" in held else "model" if whole else next(iter(held))
     wanted = tuple(MODELS) if part == "model" else (part,)
-    absent = [weights.WORDS[kind] for kind in wanted if kind not in held]
+    absent = [weights.DISPLAY_NAMES[kind] for kind in wanted if kind not in held]
     if absent:
-        there = ", ".join(weights.WORDS[kind] for kind in held)
+        there = ", ".join(weights.DISPLAY_NAMES[kind] for kind in held)
         raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {there}")
-    name = weights.WORDS.get(part, "whole model")
+    name = weights.DISPLAY_NAMES.get(part, "whole model")
     if transfer_to is not None and part != "controlnet":
         raise ValueError(f"--transfer-to moves a ControlNet, but {path} is to give its {name}")
     if transfer_from is not None and transfer_to is None:

@@ -52,7 +52,7 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
 
 
 def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False) -> Path:
-    """Return the folder of a repository's files of these patterns. Raises FileNotFoundError if it is not to be had."""
+    """Return the folder of a repository's files of these patterns. Raises FileNotFoundError if it is not available."""
     hub = _hub(repository)
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=only_cached))
@@ -61,7 +61,7 @@ def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False
 
 
 def fetch_file(repository: str, name: str) -> Path:
-    """Return one file of a repository. Raises FileNotFoundError if it is not to be had."""
+    """Return one file of a repository. Raises FileNotFoundError if it is not available."""
     hub = _hub(f"{repository}/{name}")
     try:
         return Path(hub.hf_hub_download(repository, name))

@@ -46,8 +46,8 @@ def load_model(
     else:
         found, read = source, None
     if kind not in found.parts:
-        held = ", ".join(weights.WORDS[k] for k in found.parts)
-        raise ValueError(f"{found.file.path} holds no {weights.WORDS[kind]}, only: {held}")
+        held = ", ".join(weights.DISPLAY_NAMES[k] for k in found.parts)
+        raise ValueError(f"{found.file.path} holds no {weights.DISPLAY_NAMES[kind]}, only: {held}")
     keys = found.parts[kind]
     if kind == "unet" and found.ema:
         lost = [key for key in keys if key not in found.ema]
@@ -60,7 +60,7 @@ def load_model(
         keys = found.ema if ema else keys
     elif kind == "unet" and ema:
         raise ValueError(f"{found.file.path} holds no moving average of the weights: leave out ema")
-    with loading.building(found.file.path, weights.WORDS[kind]):
+    with loading.building(found.file.path, weights.DISPLAY_NAMES[kind]):
         model = model_class(config_class(**(read or weights.fields_of(found, kind))))
     loading.load_into(model, found.file, keys, dtype, device)
     return model.eval()
@@ -109,9 +109,9 @@ def load_stable_diffusion(
             configs.check_fixed(files.read_json(scheduler), scheduler)
     else:
         found = weights.contents(files.open_weights(path))
-        missing = [weights.WORDS[kind] for kind in MODELS if kind not in found.parts and not (kind == "vae" and vae)]
+        missing = [weights.DISPLAY_NAMES[kind] for kind in MODELS if kind not in found.parts and not (kind == "vae" and vae)]
         if missing:
-            held = ", ".join(weights.WORDS[kind] for kind in found.parts)
+            held = ", ".join(weights.DISPLAY_NAMES[kind] for kind in found.parts)
             raise ValueError(f"{path} holds no {' and no '.join(missing)}, only: {held}; name a whole Stable Diffusion")
     own = path / "tokenizer" if path.is_dir() else None
     words = Tokenizer.load(hub.tokenizer_folder(tokenizer) if tokenizer else own or hub.default_tokenizer())
@@ -154,7 +154,7 @@ def load_controlnet(
         file = files.open_weights(path)
     found = weights.contents(file)
     if "controlnet" not in found.parts:
-        held = ", ".join(weights.WORDS[kind] for kind in found.parts)
+        held = ", ".join(weights.DISPLAY_NAMES[kind] for kind in found.parts)
         raise ValueError(f"{file.path} holds no ControlNet, but: {held}; give it as the model instead")
     with loading.building(file.path, "ControlNet"):
         if config:

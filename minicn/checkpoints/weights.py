@@ -127,13 +127,13 @@ PREFIXES = {  # in a checkpoint of several models
     "text_encoder": "cond_stage_model.transformer.",
     "controlnet": "control_model.",
 }
-MARKS = {  # keys of a model alone in its file, of which one is enough
+SIGNATURE_KEYS = {  # keys of a model alone in its file, of which one is enough
     "controlnet": ("input_hint_block.0.weight", "zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight"),
     "unet": ("input_blocks.0.0.weight", "up_blocks.0.resnets.0.conv1.weight"),
     "vae": ("encoder.conv_in.weight",),
     "text_encoder": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
 }
-WORDS = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "controlnet": "ControlNet"}
+DISPLAY_NAMES = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "controlnet": "ControlNet"}
 
 
 @dataclass
@@ -182,7 +182,7 @@ def contents(file: WeightFile) -> Contents:
         layout = f"{whole} with ControlNet (v1.0)" if {"unet", "controlnet"} <= parts.keys() else whole
         layout = "ldm ControlNet (v1.1)" if parts.keys() == {"controlnet"} else layout
     else:
-        kind = next((kind for kind, marks in MARKS.items() if any(mark in names for mark in marks)), None)
+        kind = next((kind for kind, marks in SIGNATURE_KEYS.items() if any(mark in names for mark in marks)), None)
         if kind is None:
             raise ValueError(
                 f"{file.path} holds no model that minicn knows (its first tensors: {', '.join(list(names)[:3])}); minicn "
@@ -239,8 +239,8 @@ def refuse_other_widths(found: Contents) -> None:
         what = RELATIVES.get(("context", *keys[1:2])) or RELATIVES.get(("channels", *first[1:2]))
         if what:
             raise ValueError(
-                f"{found.file.path} is {what.format(WORDS[kind])}; minicn runs Stable Diffusion 1.5 (context width 768, 4 "
-                "latent channels)"
+                f"{found.file.path} is {what.format(DISPLAY_NAMES[kind])}; minicn runs Stable Diffusion 1.5 (context width "
+                "768, 4 latent channels)"
             )
 
 
@@ -264,13 +264,13 @@ def fields_of(found: Contents, kind: str) -> dict:
     own = written(found).get(kind)
     if own is not None:
         return {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-    shapes = found.shapes(kind)
+    shapes, name = found.shapes(kind), DISPLAY_NAMES[kind]
 
     def size(key: str, dim: int) -> int:
         if key not in shapes:
-            raise ValueError(f"{found.file.path} has no {key}: its {WORDS[kind]} is not whole, or of another structure")
+            raise ValueError(f"{found.file.path} has no {key}: its {name} is not whole, or of another structure")
         if len(shapes[key]) <= dim:
-            raise ValueError(f"{found.file.path}: {key} has shape {shapes[key]}: its {WORDS[kind]} is of another structure")
+            raise ValueError(f"{found.file.path}: {key} has shape {shapes[key]}: its {name} is of another structure")
         return shapes[key][dim]
 
     if kind == "vae":
