@@ -11,7 +11,7 @@ from minicn.conditions.images import grey_hint, to_pixels
 def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) -> np.ndarray:
     """Return Canny edges, (H, W, 3) uint8, white on black, equal to OpenCV's Canny(image, low, high).
 
-    image      RGB picture, or (H, W, 3) or (H, W) uint8
+    image      RGB image, or (H, W, 3) or (H, W) uint8
     low, high  thresholds on |dx| + |dy| of the 3x3 Sobel filter, 0 and up: edges above `high` are kept, and so are those
                above `low` that are connected to a kept one. 100 and 200 are ControlNet's.
     Source: Canny 1986, as in OpenCV: at each pixel, the colour channel with the strongest gradient decides.
@@ -20,17 +20,12 @@ def canny(image: Image.Image | np.ndarray, low: float = 100, high: float = 200) 
     if not (low >= 0 and high >= 0):  # also NaN
         raise ValueError(f"canny thresholds are {low} and {high}, but must be 0 or greater")
     low, high = int(np.floor(min(low, high))), int(np.floor(max(low, high)))
-    dx, dy, magnitude = (_frame(a) for a in _strongest_gradient(pixels))
+    dx, dy, magnitude = (np.pad(a, 1) for a in _strongest_gradient(pixels))  # every pixel gets eight neighbours
     stride = magnitude.shape[1]
     magnitude = magnitude.ravel()
     ridge = _ridge(dx.ravel(), dy.ravel(), magnitude, np.flatnonzero(magnitude > low), stride)
     edges = _grow(ridge[magnitude[ridge] > high], ridge, magnitude.size, stride)
     return grey_hint(edges.reshape(-1, stride)[1:-1, 1:-1])
-
-
-def _frame(array: np.ndarray) -> np.ndarray:
-    """Pad an array (H, W) with zeros, so that every pixel has eight neighbours."""
-    return np.pad(array, 1)
 
 
 def _strongest_gradient(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -139,9 +134,7 @@ def find_lines(
     voters = np.argsort(own.ravel(), kind="stable") // own.shape[1]
     starts = np.concatenate([[0], np.cumsum(np.bincount(own.ravel(), minlength=180))])
     votes = np.zeros(180 * columns, dtype=np.int32)
-    for pixels in np.array_split(
-        np.arange(len(x)), len(x) // 20_000 + 1
-    ):  # Numerics: in parts, as a pixel votes for many cells
+    for pixels in np.array_split(np.arange(len(x)), len(x) // 20_000 + 1):  # in parts: a pixel votes for many cells
         votes += np.bincount(cells(pixels), minlength=votes.size).astype(np.int32)
     found, left = [], np.ones(len(x), dtype=bool)
     while len(found) < most:

@@ -54,7 +54,7 @@ def load_hint(path: str | Path) -> Tensor:
 
 
 def resize_hint(image: Image.Image, height: int, width: int) -> Image.Image:
-    """Resize a hint to the size of the picture to generate: averaging when it shrinks, adding no new colours when it grows."""
+    """Resize a hint to the size of the picture to generate: by averaging if it shrinks, without new colours if it grows."""
     smaller = height * width < image.width * image.height
     return image.resize((width, height), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
 

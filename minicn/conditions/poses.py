@@ -8,7 +8,6 @@ import numpy as np
 from minicn.conditions import drawing
 from minicn.conditions.images import check_file, check_version
 
-
 # OpenPose's 18 points: nose, neck, right shoulder, elbow, wrist, the same on the left, right hip, knee, ankle, the same on
 # the left, right eye, left eye, right ear, left ear. Limbs are pairs of points, numbered from 0, in the order of their
 # colours: 13 of the body, then 4 of the face.
@@ -24,8 +23,7 @@ OPENPOSE_COLOURS = (
 BODY_25 = (*range(8), *range(9, 19))  # OpenPose's 18 points among its newer 25
 
 # COCO's 17 points: nose, left eye, right eye, left ear, right ear, left shoulder, right shoulder, then elbows, wrists,
-# hips, knees, ankles. OpenPifPaf's skeleton and the colours in which it
-# paints it: matplotlib's tab20, in the order of the limbs.
+# hips, knees, ankles. The skeleton and its colours are OpenPifPaf's: matplotlib's tab20, in the order of the limbs.
 OPENPIFPAF_LIMBS = (
     *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8)),
     *((7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),

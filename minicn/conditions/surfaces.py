@@ -8,7 +8,6 @@ from minicn.conditions.filters import sobel
 from minicn.conditions.images import check_file, check_version, grey_hint, load_image, open_image
 from minicn.inputs import to_rgb
 
-
 # Signs of x (right), y (up) and z (towards the viewer) in the channels red, green and blue of normal maps.
 NORMAL_AXES = {"opengl": (1, 1, 1), "directx": (1, -1, 1), "diode": (1, -1, -1), "v1.1": (-1, 1, 1), "v1.0": (-1, 1, 1)}
 

@@ -1,4 +1,4 @@
-"""OpenPose's body network: people's key points."""
+"""People's key points: OpenPose's body network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,38 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicn.conditions.filters import blur, resample
+from minicn.conditions.filters import blur
 from minicn.conditions.networks.annotator import Annotator, resize
-from minicn.conditions.poses import OPENPOSE_LIMBS
 
-PARTS = (
-    18  # nose, neck, right shoulder, elbow, wrist, left ones, right hip, knee, ankle, left ones, eyes, ears (right, left)
-)
-# Pairs of parts, in the order in which people are put together, and the two channels (x, y) of the field from one to the
-# other. The last two, from shoulder to ear, are not drawn: they join what is there, as a pair by itself is no person.
-LIMBS = (
-    ((1, 2), (12, 13)),
-    ((1, 5), (20, 21)),
-    ((2, 3), (14, 15)),
-    ((3, 4), (16, 17)),
-    ((5, 6), (22, 23)),
-    ((6, 7), (24, 25)),
-    ((1, 8), (0, 1)),
-    ((8, 9), (2, 3)),
-    ((9, 10), (4, 5)),
-    ((1, 11), (6, 7)),
-    ((11, 12), (8, 9)),
-    ((12, 13), (10, 11)),
-    ((1, 0), (28, 29)),
-    ((0, 14), (30, 31)),
-    ((14, 16), (34, 35)),
-    ((0, 15), (32, 33)),
-    ((15, 17), (36, 37)),
-    ((2, 16), (18, 19)),
-    ((5, 17), (26, 27)),
-)
+PARTS = 18  # in the order of `poses.OPENPOSE_LIMBS`
+# Pairs of parts, in the order in which people are assembled, each with the two channels (x, y) of the field from one part to
+# the other. The last two, from shoulder to ear, are not drawn: they only connect parts.
+FIELDS = (12, 20, 14, 16, 22, 24, 0, 2, 4, 6, 8, 10, 28, 30, 34, 32, 36, 18, 26)
+LIMBS = tuple((pair, (x, x + 1)) for pair, x in zip((*OPENPOSE_LIMBS, (2, 16), (5, 17)), FIELDS, strict=True))
 
-# OpenPose's feature layers: name and channels; a row is halved before the next.
+# OpenPose's feature layers: name and channels; each row ends with a max pooling but the last.
 STEM = (
     (("conv1_1", 64), ("conv1_2", 64)),
     (("conv2_1", 128), ("conv2_2", 128)),
@@ -52,9 +30,9 @@ class BodyPose(Annotator):
     """OpenPose's body network with its grouping by part affinity fields.
 
     Source: arXiv:1611.08050; the constants are those of ControlNet's annotator/openpose.
-    Called with a picture (H, W, 3) uint8 RGB, it gives people (P, 18, 3) float64: x, y in pixels of that picture and
-    confidence, all three 0 for a part that was not seen; the order of parts is COCO-18's. Pictures more than 16 times
-    as long as wide are refused.
+    Called with an image (H, W, 3) uint8 RGB, it returns people (P, 18, 3) float64: x, y in pixels of that image and
+    confidence, all three 0 for a part that was not found; the order of parts is COCO-18's. Images with an aspect ratio
+    over 16 are rejected.
     """
 
     published = "body_pose_model.pth"
@@ -82,7 +60,7 @@ class BodyPose(Annotator):
         return [f"Mconv{i}_stage{stage}_L{branch}" for i in range(1, 8)]
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return part affinity fields (B, 38, H/8, W/8) and maps of parts (B, 19, H/8, W/8), background last.
+        """Return part affinity fields (B, 38, H/8, W/8) and part confidence maps (B, 19, H/8, W/8), background last.
 
         x  (B, 3, H, W) in [-0.5, 0.5), BGR, H and W multiples of 8
         """
@@ -90,11 +68,11 @@ class BodyPose(Annotator):
             x = F.max_pool2d(x, 2) if i else x
             for name, _ in row:
                 x = F.relu(self.get_submodule(name)(x))
-        known = x
+        features = x
         for stage in range(1, 7):
-            fields, parts = self._branch(stage, 1, known), self._branch(stage, 2, known)
-            known = torch.cat([fields, parts, x], 1)
-        # Paper vs code: no other output has a ReLU, nor has this one in the paper; ControlNet's code has it.
+            fields, parts = self._branch(stage, 1, features), self._branch(stage, 2, features)
+            features = torch.cat([fields, parts, x], 1)
+        # Paper vs code: ControlNet's code has this ReLU; in the paper no output has one.
         return fields, F.relu(parts)
 
     def _branch(self, stage: int, branch: int, h: Tensor) -> Tensor:
@@ -108,33 +86,33 @@ class BodyPose(Annotator):
         self.check(image)
         height, width = image.shape[:2]
         if max(height, width) > 16 * min(height, width):
-            raise ValueError(f"image is {height}x{width} pixels, more than 16 times as long as wide: crop it first")
+            raise ValueError(f"image is {height}x{width} pixels, an aspect ratio over 16: crop it first")
         scale = 0.5 * 368 / height
-        # Numerics: rounded down, also where the product misses a whole number by the last bit, as in ControlNet's code.
+        # Numerics: truncated, also where the product misses an integer by the last bit, as in ControlNet's code.
         seen = resize(image, int(height * scale), int(width * scale))
         seen_height, seen_width = seen.shape[:2]
         padded = np.pad(seen, ((0, -seen_height % 8), (0, -seen_width % 8), (0, 0)), constant_values=128)
         fields, parts = self.maps(self.batch(padded[..., ::-1]) / 256 - 0.5)
-        # Eight times enlarged, the padding cut off, resized to the picture: all of it is one matrix for each direction.
+        # Upscaled by 8, the padding cropped, resized to the image: all of that is one matrix per axis.
         last = "area" if height + width < seen_height + seen_width else "lanczos"
-        rows, columns = _enlarging(seen_height, height, last), _enlarging(seen_width, width, last)
+        rows, columns = _upscaling(seen_height, height, last), _upscaling(seen_width, width, last)
         return find_people(fields[0].cpu().numpy(), parts[0].cpu().numpy(), lambda small: rows @ small @ columns.T)
 
 
-def _enlarging(seen: int, size: int, kind: str) -> np.ndarray:
-    """Matrix (size, seen / 8 rounded up) from the network's maps to the picture; `kind` of resizing from seen to size."""
+def _upscaling(seen: int, size: int, kind: str) -> np.ndarray:
+    """Return the matrix (size, seen / 8 rounded up) from the network's maps to the image; `kind` resizes seen to size."""
     cells = -(-seen // 8)
-    eightfold = resizing(cells, 8 * cells, "lanczos")[:seen]
-    return eightfold if size == seen else resizing(seen, size, kind) @ eightfold
+    eightfold = resample(np.eye(cells), 8 * cells, cells, "lanczos")[:seen]
+    return resample(np.eye(seen), size, seen, kind) @ eightfold
 
 
 @dataclass(eq=False)
 class Person:
-    """Parts that were joined so far."""
+    """The parts found so far."""
 
-    parts: dict[int, int]  # part: which of its peaks
-    score: float  # of all peaks and all limbs that were added
-    count: int  # how often a part was added: also when it took another's place
+    parts: dict[int, int]  # part: index of its peak
+    score: float  # sum over the peaks and limbs added
+    count: int  # of parts added, including those that replaced another
 
 
 def find_people(
@@ -144,14 +122,14 @@ def find_people(
     fewest: int = 4,
     mean_score: float = 0.4,
 ) -> np.ndarray:
-    """Put people together from maps of parts and the part affinity fields between them.
+    """Assemble people from part confidence maps and the part affinity fields between them.
 
-    fields      (38, h, w): unit vectors along limbs, x and y by turns; channels as in LIMBS
+    fields      (38, h, w): unit vectors along limbs, x and y alternating; channels as in LIMBS
     parts       (18 or more, h, w): about 1 where a part is
-    enlarge     makes of a map (h, w) one of the picture's size, (H, W), of which two are held at a time
-    fewest      people with fewer parts are left out
-    mean_score  and those whose score for each part is less
-    Returns (P, 18, 3): x, y in pixels and confidence, all 0 for a part that was not seen.
+    enlarge     resizes a map (h, w) to the size of the image, (H, W); at most two of these are held at a time
+    fewest      minimum number of parts of a person
+    mean_score  minimum score of a person per part
+    Returns (P, 18, 3): x, y in pixels and confidence, all 0 for a part that was not found.
     """
     peaks = [find_peaks(enlarge(parts[part])) for part in range(PARTS)]
     people: list[Person] = []
@@ -169,9 +147,9 @@ def find_people(
 
 
 def find_peaks(heat: np.ndarray, threshold: float = 0.1) -> np.ndarray:
-    """Return the local maxima above the threshold of a smoothed map (h, w): (N, 3) x, y, and the map before smoothing."""
+    """Return the local maxima above the threshold of a smoothed map (h, w): (N, 3) x, y and its value before smoothing."""
     heat = heat.astype(np.float64)
-    smooth = np.pad(blur(heat), 1)  # zero outside
+    smooth = np.pad(blur(heat, 3, 12, "symmetric"), 1)  # zero outside
     centre = smooth[1:-1, 1:-1]
     top = centre > threshold
     for neighbour in (smooth[:-2, 1:-1], smooth[2:, 1:-1], smooth[1:-1, :-2], smooth[1:-1, 2:]):
@@ -181,10 +159,10 @@ def find_peaks(heat: np.ndarray, threshold: float = 0.1) -> np.ndarray:
 
 
 def match(a: np.ndarray, b: np.ndarray, field: np.ndarray, low: float = 0.05) -> list[tuple[int, int, float]]:
-    """Pair peaks a (N, 3) with peaks b (M, 3), best first, by how well the field (2, h, w) points from one to the other.
+    """Match peaks a (N, 3) with peaks b (M, 3), best first, by how well the field (2, h, w) points from one to the other.
 
-    Looked at are ten points between the two: at nine or more the field must point that way by more than `low`, and its mean,
-    less a penalty for limbs longer than half the picture's height, must be positive. Returns (i, j, score).
+    The field is sampled at ten points between the two: at nine or more of them its component in that direction must exceed
+    `low`, and the mean, less a penalty for limbs longer than half the image's height, must be positive. Returns (i, j, score).
     """
     between = b[None, :, :2] - a[:, None, :2]  # (N, M, 2)
     length = np.maximum(np.linalg.norm(between, axis=2), 0.001)
@@ -205,11 +183,11 @@ def match(a: np.ndarray, b: np.ndarray, field: np.ndarray, low: float = 0.05) ->
 
 
 def join(people: list[Person], start: tuple, end: tuple, score: float, peaks: list[np.ndarray]) -> None:
-    """Add a limb to the people, in place: to the one who has one of its ends, else as someone new.
+    """Add a limb to the people, in place: to the person who has one of its ends, else as a new person.
 
-    start, end  (part, which of its peaks)
+    start, end  (part, index of its peak)
     score       of the limb
-    Two who have an end each become one if they have no part in common.
+    Two people who have one end each are merged if they have no part in common.
     """
     (a, i), (b, j) = start, end
     holders = [person for person in people if person.parts.get(a) == i or person.parts.get(b) == j]

@@ -1,4 +1,4 @@
-"""HED: soft edges."""
+"""Soft edges: HED."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from minicn.conditions.networks.annotator import Annotator
 
 
 class EdgeBlock(nn.Module):
-    """Convolutions of one resolution, and a projection to one map of edges."""
+    """Convolutions at one resolution, and a projection to an edge map."""
 
     def __init__(self, channels_in: int, channels: int, convolutions: int):
         super().__init__()
@@ -26,8 +26,8 @@ class EdgeBlock(nn.Module):
 class HED(Annotator):
     """Holistically-nested edge detection, in the version that ControlNet's authors trained (Apache-2.0).
 
-    Source: arXiv:1504.06375; ControlNet's annotator/hed. Unlike the paper's it reads RGB and has a learned mean colour.
-    Called with a picture (H, W, 3) uint8 RGB, 16 pixels or more each way, it gives soft edges (H, W) float32 in [0, 1].
+    Source: arXiv:1504.06375; ControlNet's annotator/hed. Unlike the paper's, it reads RGB and has a learned mean colour.
+    Called with an image (H, W, 3) uint8 RGB of at least 16x16 pixels, it returns soft edges (H, W) float32 in [0, 1].
     """
 
     published = "ControlNetHED.pth"
@@ -43,7 +43,7 @@ class HED(Annotator):
         self.block5 = EdgeBlock(512, 512, 3)
 
     def side_outputs(self, x: Tensor) -> list[Tensor]:
-        """Return five maps of edges before the sigmoid, (B, 1, H / 2^i, W / 2^i), i from 0; x (B, 3, H, W) in [0, 255]."""
+        """Return five edge maps before the sigmoid, (B, 1, H / 2^i, W / 2^i), i from 0; x (B, 3, H, W) in [0, 255]."""
         h, edges = self.block1(x - self.norm)
         sides = [edges]
         for block in (self.block2, self.block3, self.block4, self.block5):

@@ -1,4 +1,4 @@
-"""M-LSD: straight lines."""
+"""Straight lines: M-LSD."""
 
 import numpy as np
 import torch
@@ -9,26 +9,26 @@ from minicn.conditions.networks.annotator import Annotator, resize
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution, batch norm, and a ReLU that ends at 6."""
+    """Convolution, batch norm, ReLU6."""
 
     def __init__(self, channels_in: int, channels: int, kernel: int, stride: int = 1, groups: int = 1):
         padding = kernel // 2 if stride == 1 else 0
         conv = nn.Conv2d(channels_in, channels, kernel, stride, padding, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(channels), nn.ReLU6())
-        # Numerics: with stride 2, zeros are added at the right and below alone, as TensorFlow does.
-        self.extra = (0, stride - 1, 0, stride - 1)
+        # Numerics: with stride 2, only the right and the bottom are padded with zeros, as in TensorFlow.
+        self.padding = (0, stride - 1, 0, stride - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, self.extra))
+        return super().forward(F.pad(x, self.padding))
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: widen, filter each channel by itself, narrow; added to its input where the shapes agree."""
+    """MobileNetV2's block: expand, depthwise convolution, project; with a shortcut where the shapes agree."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, widen: int):
+    def __init__(self, channels_in: int, channels: int, stride: int, expansion: int):
         super().__init__()
-        width = channels_in * widen
-        layers = [ConvNorm(channels_in, width, 1)] if widen > 1 else []
+        width = channels_in * expansion
+        layers = [ConvNorm(channels_in, width, 1)] if expansion > 1 else []
         layers += [ConvNorm(width, width, 3, stride, groups=width), nn.Conv2d(width, channels, 1, bias=False)]
         self.conv = nn.Sequential(*layers, nn.BatchNorm2d(channels))
         self.shortcut = stride == 1 and channels_in == channels
@@ -38,7 +38,7 @@ class InvertedResidual(nn.Module):
 
 
 class Backbone(nn.Module):
-    """MobileNetV2 for four channels, up to 1/16 of the picture; gives the features of five of its blocks."""
+    """MobileNetV2 for four channels, down to 1/16 of the image; returns the features of five of its blocks."""
 
     KEPT = (1, 3, 6, 10, 13)  # the last block of each width
 
@@ -46,9 +46,15 @@ class Backbone(nn.Module):
         super().__init__()
         blocks = [ConvNorm(4, 32, 3, 2)]
         channels_in = 32
-        for widen, channels, count, stride in ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1)):
+        for expansion, channels, count, stride in (
+            (1, 16, 1, 1),
+            (6, 24, 2, 2),
+            (6, 32, 3, 2),
+            (6, 64, 4, 2),
+            (6, 96, 3, 1),
+        ):
             for i in range(count):
-                blocks.append(InvertedResidual(channels_in, channels, stride if i == 0 else 1, widen))
+                blocks.append(InvertedResidual(channels_in, channels, stride if i == 0 else 1, expansion))
                 channels_in = channels
         self.features = nn.Sequential(*blocks)
 
@@ -67,7 +73,7 @@ def _conv_norm_relu(channels_in: int, channels: int, kernel: int, dilation: int 
 
 
 class Join(nn.Module):
-    """Bring finer and coarser features to 64 channels each and to one size, side by side. M-LSD's block type A."""
+    """Concatenate finer and coarser features, each with 64 channels, at the finer size. M-LSD's block type A."""
 
     def __init__(self, fine: int, coarse: int, scale: int = 2):
         super().__init__()
@@ -95,7 +101,7 @@ class Mix(nn.Module):
 
 
 class Head(nn.Module):
-    """The 16 maps. M-LSD's block type C."""
+    """Three convolutions to the 16 maps. M-LSD's block type C."""
 
     def __init__(self):
         super().__init__()
@@ -111,9 +117,9 @@ class MLSD(Annotator):
     """M-LSD, a light line segment detector: MobileV2-MLSD-Large.
 
     Source: arXiv:2106.00186; the weights' PyTorch version in ControlNet's annotator/mlsd (Apache-2.0).
-    Called with a picture (H, W, 3) uint8 RGB, it gives lines (N, 4) float64: x1, y1, x2, y2 in pixels of that picture,
-    strongest first, N from 0 to 200; ends may lie outside. Sides that are no multiples of 16 are resized to the nearest
-    for the network.
+    Called with an image (H, W, 3) uint8 RGB, it returns lines (N, 4) float64: x1, y1, x2, y2 in pixels of that image,
+    strongest first, N from 0 to 200; ends may lie outside it. For the network, sides are resized to the nearest multiple
+    of 16.
     """
 
     published = "mlsd_large_512_fp32.pth"
@@ -134,7 +140,7 @@ class MLSD(Annotator):
         h = self.block18(self.block17(eighth, h))
         h = self.block20(self.block19(quarter, h))
         h = self.block22(self.block21(half, h))
-        return self.block23(h)[:, 7:]  # the first seven maps help in training only
+        return self.block23(h)[:, 7:]  # the first seven maps are used in training only
 
     @torch.no_grad()
     def forward(self, image: np.ndarray) -> np.ndarray:
@@ -142,20 +148,20 @@ class MLSD(Annotator):
         height, width = image.shape[:2]
         seen_height, seen_width = (max(16, round(side / 16) * 16) for side in (height, width))
         seen = resize(image, seen_height, seen_width)
-        ones = np.ones((seen_height, seen_width, 1), np.uint8)  # 1 of 255, not 255: so the weights were trained
+        ones = np.ones((seen_height, seen_width, 1), np.uint8)  # 1, not 255: so the weights were trained
         x = self.batch(np.concatenate([seen, ones], axis=2)) / 127.5 - 1
         lines = find_lines(self.maps(x)[0])
         return lines * np.array([width / seen_width, height / seen_height] * 2)
 
 
 def find_lines(maps: Tensor, strongest: int = 200, score: float = 0.1, length: float = 0.1) -> np.ndarray:
-    """Read lines off M-LSD's maps: one at each peak of the map of line centres.
+    """Decode M-LSD's maps into lines: one at each peak of the map of line centres.
 
-    maps       (5 or more, h, w): logits of line centres, then how far x1, y1, x2, y2 are from there, in the maps' pixels
-    strongest  so many peaks are looked at
-    score      lines with a probability above this stay
-    length     lines longer than this many of the maps' pixels stay
-    Returns (N, 4) float64: x1, y1, x2, y2 in pixels of a picture twice as large as the maps, strongest first.
+    maps       (5 or more, h, w): logits of line centres, then the offsets of x1, y1, x2, y2 from them, in map pixels
+    strongest  number of peaks considered
+    score      minimum probability of a line
+    length     minimum length of a line, map pixels
+    Returns (N, 4) float64: x1, y1, x2, y2 in pixels of an image twice as large as the maps, strongest first.
     """
     maps = maps.float().cpu()
     heat = maps[0].sigmoid()
@@ -163,6 +169,6 @@ def find_lines(maps: Tensor, strongest: int = 200, score: float = 0.1, length: f
     scores, indices = (heat * is_peak).flatten().topk(min(strongest, heat.numel()))
     width = heat.shape[1]
     centres = torch.stack([indices % width, indices // width] * 2, 1).double()  # (M, 4): x, y, x, y of M peaks
-    away = maps[1:5].flatten(1)[:, indices].T  # (M, 4)
-    longer = (away[:, :2] - away[:, 2:]).norm(dim=1) > length
-    return (2 * (centres + away))[(scores > score) & longer].numpy()
+    offsets = maps[1:5].flatten(1)[:, indices].T  # (M, 4)
+    longer = (offsets[:, :2] - offsets[:, 2:]).norm(dim=1) > length
+    return (2 * (centres + offsets))[(scores > score) & longer].numpy()
