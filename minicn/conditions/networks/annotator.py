@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minicn.checkpoints import files, loading
+from minicn.conditions.filters import resample
 
 
 class Annotator(nn.Module):

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minicn.conditions.filters import blur
+from minicn.conditions.filters import blur, resample
 from minicn.conditions.networks.annotator import Annotator, resize
+from minicn.conditions.poses import OPENPOSE_LIMBS
 
 PARTS = 18  # in the order of `poses.OPENPOSE_LIMBS`
 # Pairs of parts, in the order in which people are assembled, each with the two channels (x, y) of the field from one part to
@@ -17,7 +18,7 @@ PARTS = 18  # in the order of `poses.OPENPOSE_LIMBS`
 FIELDS = (12, 20, 14, 16, 22, 24, 0, 2, 4, 6, 8, 10, 28, 30, 34, 32, 36, 18, 26)
 LIMBS = tuple((pair, (x, x + 1)) for pair, x in zip((*OPENPOSE_LIMBS, (2, 16), (5, 17)), FIELDS, strict=True))
 
-# OpenPose's feature layers: name and channels; each row ends with a max pooling but the last.
+# OpenPose's feature layers: name and channels; each row but the last ends with a 2x2 max pooling.
 STEM = (
     (("conv1_1", 64), ("conv1_2", 64)),
     (("conv2_1", 128), ("conv2_2", 128)),
@@ -162,7 +163,8 @@ def match(a: np.ndarray, b: np.ndarray, field: np.ndarray, low: float = 0.05) ->
     """Match peaks a (N, 3) with peaks b (M, 3), best first, by how well the field (2, h, w) points from one to the other.
 
     The field is sampled at ten points between the two: at nine or more of them its component in that direction must exceed
-    `low`, and the mean, less a penalty for limbs longer than half the image's height, must be positive. Returns (i, j, score).
+    `low`, and the mean, less a penalty for limbs longer than half the image's height, must be positive.
+    Returns (i, j, score).
     """
     between = b[None, :, :2] - a[:, None, :2]  # (N, M, 2)
     length = np.maximum(np.linalg.norm(between, axis=2), 0.001)

@@ -25,10 +25,10 @@ class ConvNorm(nn.Sequential):
 class InvertedResidual(nn.Module):
     """MobileNetV2's block: expand, depthwise convolution, project; with a shortcut where the shapes agree."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, expansion: int):
+    def __init__(self, channels_in: int, channels: int, stride: int, expand: int):
         super().__init__()
-        width = channels_in * expansion
-        layers = [ConvNorm(channels_in, width, 1)] if expansion > 1 else []
+        width = channels_in * expand
+        layers = [ConvNorm(channels_in, width, 1)] if expand > 1 else []
         layers += [ConvNorm(width, width, 3, stride, groups=width), nn.Conv2d(width, channels, 1, bias=False)]
         self.conv = nn.Sequential(*layers, nn.BatchNorm2d(channels))
         self.shortcut = stride == 1 and channels_in == channels
@@ -54,7 +54,7 @@ class Backbone(nn.Module):
             (6, 96, 3, 1),
         ):
             for i in range(count):
-                blocks.append(InvertedResidual(channels_in, channels, stride if i == 0 else 1, expansion))
+                blocks.append(InvertedResidual(channels_in, channels, stride if i == 0 else 1, expand))
                 channels_in = channels
         self.features = nn.Sequential(*blocks)
 
