@@ -8,6 +8,8 @@ def resample(array: np.ndarray, height: int, width: int, kind: str) -> np.ndarra
 
     kind  "nearest", "linear", "area" or "lanczos" (OpenCV's INTER_NEAREST, _LINEAR, _AREA, _LANCZOS4)
     """
+    if array.shape[:2] == (height, width):
+        return array
     if kind == "area" and (height > array.shape[0] or width > array.shape[1]):
         kind = "area upwards"
     values = array if kind == "nearest" or array.dtype == np.float64 else array.astype(np.float32)

@@ -6,8 +6,8 @@ All were used on images of about 512 pixels: resize first (the shorter side to 5
 Left out: training, hands and faces, OpenPose at several scales (ControlNet uses one).
 """
 
-from minicn.conditions.networks.bodypose import BodyPose
+from minicn.conditions.networks.bodypose import BodyPose, find_people
 from minicn.conditions.networks.hed import HED
-from minicn.conditions.networks.mlsd import MLSD
+from minicn.conditions.networks.mlsd import MLSD, find_lines
 
-__all__ = ["HED", "MLSD", "BodyPose"]
+__all__ = ["HED", "MLSD", "BodyPose", "find_lines", "find_people"]

@@ -46,7 +46,7 @@ class Backbone(nn.Module):
         super().__init__()
         blocks = [ConvNorm(4, 32, 3, 2)]
         channels_in = 32
-        for expansion, channels, count, stride in (
+        for expand, channels, count, stride in (
             (1, 16, 1, 1),
             (6, 24, 2, 2),
             (6, 32, 3, 2),
