@@ -1,7 +1,7 @@
-"""Lines, dots and filled ellipses on a canvas (H, W, 3) uint8, pixel for pixel as OpenCV's drawing functions put them.
+"""Lines, dots and filled ellipses on a canvas (H, W, 3) uint8, pixel for pixel as OpenCV draws them.
 
 The poses and lines that the released ControlNets learned were drawn by OpenCV, with integer coordinates and without
-smoothed borders. Everything is drawn in place; what lies outside the canvas is left out.
+antialiasing. Everything is drawn in place; what lies outside the canvas is clipped.
 """
 
 import numpy as np
@@ -9,13 +9,20 @@ import numpy as np
 LIMIT = 100_000  # pixels: coordinates further away than this are a mistake, and would take time and memory
 
 
-def line_pixels(lines: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y of all pixels of one-pixel lines on a canvas, both ends included: Bresenham's.
+def new_canvas(height: int, width: int) -> np.ndarray:
+    """Return a black canvas (H, W, 3) uint8. Raises ValueError for a size out of range."""
+    if not (1 <= height <= LIMIT and 1 <= width <= LIMIT):
+        raise ValueError(f"the size is {width}x{height} pixels, but must be 1x1 to {LIMIT}x{LIMIT}")
+    return np.zeros((height, width, 3), dtype=np.uint8)
 
-    lines  (N, 4) integers x1, y1, x2, y2. As in OpenCV what leaves the canvas is cut off first, then the line starts at its
-           left end, and halves are rounded to the start.
+
+def line_pixels(lines: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of all pixels of one-pixel lines on a canvas, both ends included, by Bresenham's algorithm.
+
+    lines  (N, 4) integers x1, y1, x2, y2. As in OpenCV, each is first clipped to the canvas, then runs from its left end,
+           and halves are rounded towards the start.
     """
-    lines = _cut(np.array(lines, dtype=np.int64).reshape(-1, 4), height, width)
+    lines = _clip(np.array(lines, dtype=np.int64).reshape(-1, 4), height, width)
     lines = np.where(lines[:, 2:3] < lines[:, :1], lines[:, [2, 3, 0, 1]], lines)
     run = lines[:, 2:] - lines[:, :2]  # (M, 2): of those left, M lines
     steps = np.abs(run).max(1)
@@ -28,10 +35,10 @@ def line_pixels(lines: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
     return x, y
 
 
-def _cut(lines: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cut lines (N, 4) at the borders of the canvas, first above and below, then left and right; drop those outside.
+def _clip(lines: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Clip lines (N, 4) to the canvas, first top and bottom, then left and right; drop those outside.
 
-    Numerics: each end moves along the line between the ends as they are then, and its place is cut to a whole pixel.
+    Numerics: each end moves along the line between the current ends, and its coordinates are truncated to integers.
     """
     for across, along, last in ((1, 0, height - 1), (0, 1, width - 1)):  # y, then x
         a, b = lines[:, [across, across + 2]].T
@@ -42,8 +49,8 @@ def _cut(lines: np.ndarray, height: int, width: int) -> np.ndarray:
             part = lines[outside]
             border = np.where(part[:, end + across] < 0, 0, last)
             run = part[:, [other + 0, other + 1]] - part[:, [end + 0, end + 1]]
-            share = (border - part[:, end + across]) * run[:, along] / run[:, across]
-            part[:, end + along] += share.astype(np.int64)
+            shift = (border - part[:, end + across]) * run[:, along] / run[:, across]
+            part[:, end + along] += shift.astype(np.int64)
             part[:, end + across] = border
             lines[outside] = part
     return lines
@@ -62,8 +69,8 @@ def thick_lines(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, int, in
         box = _box(canvas, min(x1, x2) - reach, min(y1, y2) - reach, max(x1, x2) + reach, max(y1, y2) + reach)
         y, x = np.mgrid[box]
         length = max((x2 - x1) ** 2 + (y2 - y1) ** 2, 1e-9)
-        share = np.clip(((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length, 0, 1)
-        near = np.hypot(x - x1 - share * (x2 - x1), y - y1 - share * (y2 - y1)) <= width / 2
+        along = np.clip(((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length, 0, 1)
+        near = np.hypot(x - x1 - along * (x2 - x1), y - y1 - along * (y2 - y1)) <= width / 2
         canvas[box][near] = colour
 
 
@@ -76,7 +83,7 @@ def dot(canvas: np.ndarray, x: int, y: int, radius: int, colour: tuple[int, int,
 
 
 def _half_widths(radius: int) -> np.ndarray:
-    """Return by how much a filled circle reaches to each side in the rows 0, 1, ..., `radius` from its middle."""
+    """Return how far a filled circle extends to each side in the rows 0, 1, ..., `radius` from its centre."""
     half = np.zeros(radius + 1, dtype=np.int64)
     x, y, excess = radius, 0, 0  # x^2 + y^2 - radius^2 stays near 0 on the way from (radius, 0) to the diagonal
     while x >= y:
@@ -90,14 +97,14 @@ def _half_widths(radius: int) -> np.ndarray:
 
 
 def ellipse_outline(x: int, y: int, a: int, b: int, degrees: int) -> np.ndarray:
-    """Return the corners (N, 2) of an ellipse, one a degree: cv2.ellipse2Poly((x, y), (a, b), degrees, 0, 360, 1).
+    """Return the vertices (N, 2) of an ellipse, one per degree: cv2.ellipse2Poly((x, y), (a, b), degrees, 0, 360, 1).
 
-    a, b     half axes
-    degrees  of the first axis, from x towards y
+    a, b     semi-axes
+    degrees  angle of the first axis, from x towards y
     """
     sine = np.float32(np.round(np.sin(np.deg2rad(np.arange(360))), 7))  # Numerics: OpenCV's table has seven digits
-    turn = np.arange(361) % 360
-    across, along = a * np.float64(sine[(450 - turn) % 360]), b * np.float64(sine[turn])
+    angle = np.arange(361) % 360
+    across, along = a * np.float64(sine[(450 - angle) % 360]), b * np.float64(sine[angle])
     cosine, sine = np.float64(sine[(450 - degrees) % 360]), np.float64(sine[degrees % 360])
     corners = np.rint(np.stack([x + across * cosine - along * sine, y + across * sine + along * cosine], 1)).astype(int)
     changed = np.any(np.diff(corners, axis=0) != 0, axis=1)
@@ -105,9 +112,9 @@ def ellipse_outline(x: int, y: int, a: int, b: int, degrees: int) -> np.ndarray:
 
 
 def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Return box and mask of a convex polygon, so that canvas[box][mask] is what it covers: cv2.fillConvexPoly.
+    """Return the box and the mask of a convex polygon, so that canvas[box][mask] is what it covers: cv2.fillConvexPoly.
 
-    corners  (N, 2) integers x, y. Covered are, in each row, the pixels of the border and all between its two sides.
+    corners  (N, 2) integers x, y. In each row, the pixels of the outline and all those between its two sides are covered.
     """
     height, width = canvas.shape[:2]
     (x0, y0), (x1, y1) = corners.min(0), corners.max(0)
@@ -116,7 +123,7 @@ def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[tuple[slice, slice]
     sides = sides[sides[:, 1] != sides[:, 3]]
     sides = np.where(sides[:, 3:] < sides[:, 1:2], sides[:, [2, 3, 0, 1]], sides)  # downwards
     rows = sides[:, 3] - sides[:, 1]
-    # Numerics: a side moves by a whole number of 65536ths of a pixel from row to row, and halves are rounded up.
+    # Numerics: from row to row, a side moves by an integer number of 65536ths of a pixel, and halves are rounded up.
     twice = (sides[:, 2] - sides[:, 0]) * 2**17 + rows
     slope = np.sign(twice) * (np.abs(twice) // (2 * rows).clip(1))
     which = np.repeat(np.arange(len(sides)), rows)
@@ -132,7 +139,7 @@ def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[tuple[slice, slice]
 
 
 def _box(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:
-    """Return rows and columns of the part of a box, borders included, that lies on the canvas."""
+    """Return the rows and columns of the part of a box, borders included, that lies on the canvas."""
     height, width = canvas.shape[:2]
     limits = ((top, bottom, height), (left, right, width))
     low, high = zip(*((max(0, int(np.floor(a))), min(n, int(np.ceil(b)) + 1)) for a, b, n in limits), strict=True)

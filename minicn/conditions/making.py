@@ -1,9 +1,10 @@
-"""`minicn condition`: from a file to the hint of one condition, whatever it takes, with a word on what was done.
+"""`minicn condition`: from a file of the kind that a condition takes to its hint, with a few words on what was done.
 
-A picture is sized by the official rule, then looked at; what a network finds may be looked for at another resolution
-(`detect_resolution`) and is then resized to the picture, as the official apps do.
+An image is resized by the official rule, then annotated; lines and people may be detected at another resolution
+(`detect_resolution`) and are then resized to the image, as in the official apps.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,22 @@ from PIL import Image
 
 from minicn import conditions
 
-SMALLEST = 8  # pixels a side: one of the latents that the hint steers
+SMALLEST = 8  # minimum side, pixels: one of the latents that the hint controls
 
 TAKES = {
-    "canny": "a picture; --low, --high",
-    "hough": "a picture: the straight lines of its Canny edges (--low, --high), or with --weights what M-LSD finds",
-    "scribble": "a drawing, dark strokes on white; with --fake a picture, whose soft edges become strokes",
-    "hed": "a picture: soft edges of HED with --weights, else of a filter; --safe leaves three grey levels",
-    "openpose": "key points as OpenPose writes them (JSON, 18 or 25 points); or, with --weights, a picture",
+    "canny": "an image; --low, --high",
+    "hough": "an image: the straight lines of its Canny edges (--low, --high), or of M-LSD with --weights",
+    "scribble": "a drawing, dark strokes on white; with --fake an image, whose soft edges become strokes",
+    "hed": "an image: soft edges of HED with --weights, else of a filter; --safe leaves three grey levels",
+    "openpose": "key points as OpenPose writes them (JSON, 18 or 25 points); or, with --weights, an image",
     "openpifpaf": "key points as OpenPifPaf or COCO write them (JSON, 17 points)",
-    "ade20k": "a label map: one channel, or a palette picture's indices; 0 (wall) to 149 (flag)",
-    "coco_stuff": "a label map: one channel, or a palette picture's indices; 1 (person) to 182 (wood), 0 unlabelled",
-    "normal": "a normal map, picture or .npy (--axes); with --from-depth a depth map (--background)",
-    "lineart": "a picture or cartoon, whose dark lines are found by a filter",
-    "depth": "a depth map, near is white: grey picture of 8 or 16 bits, or .npy (--far-is-white)",
+    "ade20k": "a label map: a single channel, or the indices of a palette image; 0 (wall) to 149 (flag)",
+    "coco_stuff": "a label map: a single channel, or the indices of a palette image; 1 (person) to 182 (wood), 0 unlabelled",
+    "normal": "a normal map, image or .npy (--axes); with --from-depth a depth map (--background)",
+    "lineart": "an image or cartoon, whose dark lines are found by a filter",
+    "depth": "a depth map, near is white: grey image of 8 or 16 bits, or .npy (--far-is-white)",
 }
-OPTIONS = {  # which options count for which condition; --resolution and --ready count for all
+OPTIONS = {  # the options of each condition; all also take --resolution and --ready
     "canny": {"low", "high"},
     "hough": {"low", "high", "weights", "detect_resolution", "version"},
     "scribble": {"fake", "weights", "detect_resolution"},
@@ -39,7 +40,7 @@ OPTIONS = {  # which options count for which condition; --resolution and --ready
     "lineart": {"detect_resolution"},
     "depth": {"far_is_white"},
 }
-NEEDS = {  # options that count for nothing without another one, by condition
+NEEDS = {  # options that have no effect without another one, by condition
     "scribble": {"weights": "fake", "detect_resolution": "fake"},
     "openpose": {"detect_resolution": "weights"},
     "normal": {"background": "from_depth", "far_is_white": "from_depth"},
@@ -49,113 +50,128 @@ NEEDS = {  # options that count for nothing without another one, by condition
 def make(name: str, path: Path, **options) -> tuple[np.ndarray, str]:
     """Make the hint (H, W, 3) uint8 of a condition from a file, and say in a few words what was done.
 
-    options  those of `minicn condition`, by name; None or False stand for those that were not given
+    options  those of `minicn condition`, by name; None or False means not given
     Raises ValueError or FileNotFoundError, in one line, for a file that the condition does not take and for options that
-    would count for nothing.
+    would have no effect.
     """
     if name not in conditions.NAMES:
         raise ValueError(f"condition is {name!r}, but must be one of: {', '.join(conditions.NAMES)}")
     options = {key: value for key, value in options.items() if value is not None and value is not False}
     resolution, ready = options.pop("resolution", None), options.pop("ready", False)
     check_options(name, options, ready)
-    if ready:
-        return _ready(name, path, resolution)
-    makers = {"openpose": _openpose, "openpifpaf": _openpifpaf, "ade20k": _labels, "coco_stuff": _labels}
-    makers |= {"normal": _normal, "depth": _depth}
-    return makers.get(name, _picture)(name, path, resolution, **options)
+    return _ready(name, path, resolution) if ready else MAKERS[name](path, resolution, **options)
 
 
 def check_options(name: str, options: dict, ready: bool) -> None:
-    """Raise ValueError for an option that would count for nothing."""
+    """Raise ValueError for an option that would have no effect."""
     for key in options:
         option = "--" + key.replace("_", "-")
         if key not in OPTIONS[name]:
             allowed = ", ".join("--" + o.replace("_", "-") for o in sorted(OPTIONS[name]))
-            raise ValueError(f"{option} counts for nothing with {name}, which takes {allowed}: leave it out")
+            raise ValueError(f"{option} has no effect with {name}, which takes {allowed}: leave it out")
         if ready and key != "version":
-            raise ValueError(f"{option} counts for nothing with --ready: give one of the two")
+            raise ValueError(f"{option} has no effect with --ready: give only one of them")
         needed = NEEDS.get(name, {}).get(key)
         if needed and needed not in options:
-            raise ValueError(f"{option} counts for nothing without --{needed.replace('_', '-')}: give both or none")
+            raise ValueError(f"{option} has no effect without --{needed.replace('_', '-')}: give both or neither")
 
 
 def _check_size(path: Path, height: int, width: int) -> None:
     if min(height, width) < SMALLEST:
-        raise ValueError(f"{path} is {width}x{height} pixels: a hint needs {SMALLEST}x{SMALLEST} at least")
+        raise ValueError(f"{path} is {width}x{height} pixels, but a hint needs at least {SMALLEST}x{SMALLEST}: enlarge it")
 
 
-def _load(path: Path) -> Image.Image:
+def _load(path: Path, resolution: int | None = None) -> Image.Image:
     image = conditions.load_image(path)
     _check_size(path, image.height, image.width)
-    return image
+    return _sized(image, resolution)
 
 
 def _ready(name: str, path: Path, resolution: int | None) -> tuple[np.ndarray, str]:
     image = _load(path)
     if resolution:
         image = conditions.resize_hint(image, *conditions.official_size(image.height, image.width, resolution))
-    return np.asarray(image), f"{name}, taken as it is"
+    return np.asarray(image), f"{name}, used as it is"
 
 
 def _sized(image: Image.Image, resolution: int | None) -> Image.Image:
     return conditions.official_resize(image, resolution) if resolution else image
 
 
-def _resized(hint: np.ndarray, height: int, width: int, kind: str) -> np.ndarray:
-    return hint if hint.shape[:2] == (height, width) else conditions.resample(hint, height, width, kind)
+def _resized(hint: np.ndarray, height: int, width: int, version: str = "v1.1") -> np.ndarray:
+    """Resize a map: v1.0 kept the colours of maps with few of them, v1.1 mixes them at borders."""
+    return conditions.resample(hint, height, width, "nearest" if version == "v1.0" else "linear")
 
 
-def _back(version: str) -> str:
-    """Say how maps with few colours are resized: v1.0 kept the colours, v1.1 mixes them at borders."""
-    return "nearest" if version == "v1.0" else "linear"
+def _final(hint: np.ndarray, resolution: int | None, version: str = "v1.1") -> np.ndarray:
+    return _resized(hint, *conditions.official_size(*hint.shape[:2], resolution), version) if resolution else hint
 
 
-def _picture(
-    name: str,
+def _network(kind: str, weights: Path):
+    from minicn.conditions import networks  # rarely needed
+
+    return getattr(networks, kind).load(weights)
+
+
+# From images
+
+
+def _canny(path: Path, resolution: int | None, **thresholds: float) -> tuple[np.ndarray, str]:
+    hint = conditions.canny(_load(path, resolution), **thresholds)
+    return hint, f"{np.mean(hint > 0):.1%} of them edges"
+
+
+def _hough(
     path: Path,
     resolution: int | None,
     weights: Path | None = None,
     detect_resolution: int | None = None,
     version: str = "v1.1",
-    safe: bool = False,
-    fake: bool = False,
     **thresholds: float,
 ) -> tuple[np.ndarray, str]:
-    image = _sized(_load(path), resolution)
-    height, width = image.height, image.width
+    image = _load(path, resolution)
     seen = _sized(image, detect_resolution)
-    if name == "canny":
-        hint = conditions.canny(seen, **thresholds)
-        return hint, f"{np.mean(hint > 0):.1%} of them edges"
-    if name == "hough" and weights:
+    if weights:
         lines = _network("MLSD", weights)(np.asarray(seen))
-        hint, did = conditions.draw_lines(lines, seen.height, seen.width), f"{len(lines)} lines that M-LSD found"
-    elif name == "hough":
+        hint, did = conditions.draw_lines(lines, seen.height, seen.width), f"{len(lines)} lines found by M-LSD"
+    else:
         hint = conditions.hough(seen, **thresholds)
         did = f"straight lines of the Canny edges, on {np.mean(hint > 0):.1%} of them"
-    elif name == "scribble" and not fake:
-        hint = conditions.scribble(image)
-        return hint, f"{np.mean(hint > 0):.1%} of them strokes"
-    elif name == "lineart":
-        hint, did = conditions.lineart(seen), "dark lines, by a filter"
-    else:
-        hint = conditions.hed(seen, _network("HED", weights) if weights else conditions.soft_edges, safe)
-        did = "soft edges of HED" if weights else "soft edges of a filter, not of HED (no --weights)"
-        did += ", in three grey levels" if safe else ""
-    hint = _resized(hint, height, width, _back(version) if name == "hough" else "linear")
+    return _resized(hint, image.height, image.width, version), did
+
+
+def _scribble(path: Path, resolution: int | None, fake: bool = False, **of_hed) -> tuple[np.ndarray, str]:
     if fake:
-        hint, did = conditions.fake_scribble(hint), f"strokes from {did}"
-    return hint, did
+        soft, did = _hed(path, resolution, **of_hed)
+        return conditions.fake_scribble(soft), f"strokes from {did}"
+    hint = conditions.scribble(_load(path, resolution))
+    return hint, f"{np.mean(hint > 0):.1%} of them strokes"
 
 
-def _network(kind: str, weights: Path):
-    from minicn.conditions import networks  # needed by few
+def _hed(
+    path: Path,
+    resolution: int | None,
+    weights: Path | None = None,
+    detect_resolution: int | None = None,
+    safe: bool = False,
+) -> tuple[np.ndarray, str]:
+    image = _load(path, resolution)
+    network = _network("HED", weights) if weights else conditions.soft_edges
+    hint = conditions.hed(_sized(image, detect_resolution), network, safe)
+    did = "soft edges of HED" if weights else "soft edges of a filter, not of HED (no --weights)"
+    return _resized(hint, image.height, image.width), did + (", in three grey levels" if safe else "")
 
-    return getattr(networks, kind).load(weights)
+
+def _lineart(path: Path, resolution: int | None, detect_resolution: int | None = None) -> tuple[np.ndarray, str]:
+    image = _load(path, resolution)
+    hint = conditions.lineart(_sized(image, detect_resolution))
+    return _resized(hint, image.height, image.width), "dark lines, by a filter"
+
+
+# From key points
 
 
 def _openpose(
-    name: str,
     path: Path,
     resolution: int | None,
     weights: Path | None = None,
@@ -164,18 +180,14 @@ def _openpose(
     **size,
 ) -> tuple[np.ndarray, str]:
     if not weights:
-        return _key_points(name, path, resolution, version=version, **size)
+        return _key_points("openpose", path, resolution, version=version, **size)
     if size:
-        raise ValueError("--size and --like count for nothing with --weights: the picture's size is used")
-    image = _sized(_load(path), resolution)
+        raise ValueError("--size and --like have no effect with --weights, which uses the size of the image: leave them out")
+    image = _load(path, resolution)
     seen = _sized(image, detect_resolution)
     people = _network("BodyPose", weights)(np.asarray(seen))
     hint = conditions.openpose(people, seen.height, seen.width, version)
-    return _resized(hint, image.height, image.width, _back(version)), f"the poses of {_persons(people)}"
-
-
-def _openpifpaf(name: str, path: Path, resolution: int | None, **size) -> tuple[np.ndarray, str]:
-    return _key_points(name, path, resolution, **size)
+    return _resized(hint, image.height, image.width, version), _poses(people)
 
 
 def _key_points(
@@ -187,30 +199,33 @@ def _key_points(
     **version: str,
 ) -> tuple[np.ndarray, str]:
     if size and like:
-        raise ValueError("--size and --like both say how large the picture is: give one")
+        raise ValueError("--size and --like both state the size of the image: give only one of them")
     read, draw = getattr(conditions, f"read_{name}"), getattr(conditions, name)
-    people, told = read(path)
+    people, stated = read(path)
     if like:
         height, width = _load(like).size[::-1]
     elif size:
         width, height = size
-    elif told:
-        height, width = told
+    elif stated:
+        height, width = stated
     else:
-        raise ValueError(f"{path} does not say how large its picture was: give --size WIDTHxHEIGHT or --like PICTURE")
+        raise ValueError(f"{path} does not state the size of its image: give --size WIDTHxHEIGHT or --like IMAGE")
     _check_size(path, height, width)
     inside = (people[..., 0] < width) & (people[..., 1] < height) & (people[..., :2] >= 0).all(2)
     if not (inside & (people[..., 2] > 0)).any():
-        raise ValueError(f"{path}: no point lies within {width}x{height} pixels: give the size of its picture")
+        raise ValueError(f"{path}: no point lies within {width}x{height} pixels: give the size of its image")
     if resolution:
         new = conditions.official_size(height, width, resolution)
         people = people * [new[1] / width, new[0] / height, 1]
         height, width = new
-    return draw(people, height, width, **version), f"the poses of {_persons(people)}"
+    return draw(people, height, width, **version), _poses(people)
 
 
-def _persons(people: np.ndarray) -> str:
-    return f"{len(people)} person{'' if len(people) == 1 else 's'}"
+def _poses(people: np.ndarray) -> str:
+    return f"the poses of {len(people)} {'person' if len(people) == 1 else 'people'}"
+
+
+# From maps
 
 
 def _labels(
@@ -223,20 +238,15 @@ def _labels(
 ) -> tuple[np.ndarray, str]:
     labels = conditions.read_labels(path)
     _check_size(path, *labels.shape)
-    given = {} if first_label is None else {"first": first_label}
-    if unlabelled is not None:
-        given["unlabelled"] = unlabelled
+    given = {"first": first_label, "unlabelled": unlabelled}
     try:
-        hint = getattr(conditions, name)(labels, **given)
+        hint = getattr(conditions, name)(labels, **{key: value for key, value in given.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"{path}: {error} (--first-label, --unlabelled)") from error
-    if resolution:
-        hint = _resized(hint, *conditions.official_size(*labels.shape, resolution), _back(version))
-    return hint, f"{len(np.unique(labels))} labels"
+    return _final(hint, resolution, version), f"{len(np.unique(labels))} labels"
 
 
 def _normal(
-    name: str,
     path: Path,
     resolution: int | None,
     axes: str | None = None,
@@ -247,7 +257,7 @@ def _normal(
 ) -> tuple[np.ndarray, str]:
     if from_depth:
         if axes:
-            raise ValueError("--axes counts for nothing with --from-depth: give one of the two")
+            raise ValueError("--axes has no effect with --from-depth: give only one of them")
         depth = conditions.read_depth(path) * (-1 if far_is_white else 1)
         _check_size(path, *depth.shape)
         hint, did = conditions.normal_from_depth(depth, background, version), "normals from depth"
@@ -258,15 +268,18 @@ def _normal(
     return _final(hint, resolution), f"{did} in {version}'s colours"
 
 
-def _depth(name: str, path: Path, resolution: int | None, far_is_white: bool = False) -> tuple[np.ndarray, str]:
+def _depth(path: Path, resolution: int | None, far_is_white: bool = False) -> tuple[np.ndarray, str]:
     depth = conditions.read_depth(path)
     _check_size(path, *depth.shape)
     low, high = depth.min(), depth.max()
     hint = conditions.depth(-depth if far_is_white else depth)
-    return _final(hint, resolution), f"depth, its range {low:g} to {high:g} stretched{', turned round' * far_is_white}"
+    did = f"depth, its range of {low:g} to {high:g} stretched{', inverted' if far_is_white else ''}"
+    return _final(hint, resolution), did
 
 
-def _final(hint: np.ndarray, resolution: int | None) -> np.ndarray:
-    if not resolution:
-        return hint
-    return _resized(hint, *conditions.official_size(*hint.shape[:2], resolution), "linear")
+MAKERS = {
+    **{"canny": _canny, "hough": _hough, "scribble": _scribble, "hed": _hed, "lineart": _lineart},
+    **{"openpose": _openpose, "openpifpaf": partial(_key_points, "openpifpaf")},
+    **{"ade20k": partial(_labels, "ade20k"), "coco_stuff": partial(_labels, "coco_stuff")},
+    **{"normal": _normal, "depth": _depth},
+}

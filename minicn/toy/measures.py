@@ -20,12 +20,7 @@ from minicn import conditions, toy
 NOTHING = 255  # label of a pixel whose colour no thing of the scene has
 REACH = 4.0  # pixels at which a limb counts as lost: about as wide as one
 SHADING = 0.1  # difference up to which two shadings agree; a surface of the toy world has 0.48 to 1
-# Between which key points OpenPose draws a person's limbs; without those of the face, which the toy's people do not have.
-LIMBS = (
-    *(("neck", "nose"), ("neck", "r_shoulder"), ("neck", "l_shoulder"), ("neck", "r_hip"), ("neck", "l_hip")),
-    *(("r_shoulder", "r_elbow"), ("r_elbow", "r_wrist"), ("l_shoulder", "l_elbow"), ("l_elbow", "l_wrist")),
-    *(("r_hip", "r_knee"), ("r_knee", "r_ankle"), ("l_hip", "l_knee"), ("l_knee", "l_ankle")),
-)
+LIMBS = conditions.OPENPOSE_LIMBS[:13]  # without those of the face, which the toy's people do not have
 
 
 def measure(condition: str) -> Callable[[np.ndarray | Image.Image, toy.Scene], float]:
@@ -126,11 +121,10 @@ def region_iou(image: np.ndarray | Image.Image, scene: toy.Scene) -> float:
 
 def limb_pixels(scene: toy.Scene) -> np.ndarray:
     """Return the pixels (N, 2), row and column, that the middle lines of people's limbs cross, where a person is seen."""
-    place = {name: i for i, name in enumerate(toy.KEYPOINTS)}
     lines = np.zeros((toy.SIZE, toy.SIZE), bool)
     for person in scene.keypoints:
         for a, b in LIMBS:
-            start, end = person[place[a], 1::-1], person[place[b], 1::-1]
+            start, end = person[a, 1::-1], person[b, 1::-1]
             steps = np.linspace(0, 1, 2 + int(2 * np.abs(end - start).max()))[:, None]  # at least two a pixel
             points = np.floor(start + (end - start) * steps).astype(int)
             row, column = points[((points >= 0) & (points < toy.SIZE)).all(1)].T

@@ -107,19 +107,8 @@ def problems(pair: Pair) -> Iterator[str]:
     hint, image = pictures
     if hint.size != image.size:
         yield f"{where}: {pair.hint} has {hint.width}x{hint.height} pixels, but {pair.image} {image.width}x{image.height}"
-    pixels = np.asarray(hint)
-    if pixels.max() == 0:
-        yield f"{where}: {pair.hint} is all black: it says nothing"
-    elif pixels.min() == pixels.max():
-        yield f"{where}: {pair.hint} is all of one colour: it says nothing"
-    elif looks_inverted(pixels):
-        yield f"{where}: {pair.hint} looks inverted: lines are white on black in hints"
-
-
-def looks_inverted(hint: np.ndarray) -> bool:
-    """Tell whether a hint (H, W, 3) uint8 is mostly white with some black: lines the wrong way round."""
-    grey = (hint.max(2) == hint.min(2)).all()
-    return bool(grey and np.mean(hint > 200) > 0.6 and np.mean(hint < 55) > 0.001)
+    for doubt in conditions.doubts(None, np.asarray(hint)):
+        yield f"{where}: {pair.hint} may be wrong: {doubt}"
 
 
 def contact_sheet(pairs: list[Pair], count: int = 24, side: int = 96, lines: int = 4) -> Image.Image:

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from minicn.conditions import networks
-from minicn.conditions.networks import HED, LIMBS, MLSD, BodyPose
+from minicn.conditions import filters, networks
+from minicn.conditions.networks import HED, MLSD, BodyPose
+from minicn.conditions.networks.annotator import resize
+from minicn.conditions.networks.bodypose import LIMBS
 
 ORACLES = ("cv2", "scipy", "einops", "huggingface_hub", "controlnet_aux")
 ABSENT = [name for name in ORACLES if importlib.util.find_spec(name) is None]
@@ -116,10 +118,10 @@ def test_resize_is_opencvs():
         method = cv2.INTER_AREA if sum(new) < sum(size) else cv2.INTER_LANCZOS4
         image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
         theirs = cv2.resize(image, new[::-1], interpolation=method).astype(int)
-        assert np.abs(networks.resize(image, *new) - theirs).max() <= 1
+        assert np.abs(resize(image, *new) - theirs).max() <= 1
         image = image.astype(np.float32) / 255
         theirs = cv2.resize(image, new[::-1], interpolation=method)
-        assert np.abs(networks.resize(image, *new) - theirs).max() <= 1e-5
+        assert np.abs(resize(image, *new) - theirs).max() <= 1e-5
 
 
 # Soft edges
@@ -217,7 +219,7 @@ def test_blur_is_scipys():
     gaussian_filter = importlib.import_module("scipy.ndimage").gaussian_filter
     for size in ((40, 30), (1, 1), (5, 60)):
         image = np.random.default_rng(0).random(size)
-        assert np.abs(networks.blur(image) - gaussian_filter(image, sigma=3)).max() <= 1e-15
+        assert np.abs(filters.blur(image, 3, 12, "symmetric") - gaussian_filter(image, sigma=3)).max() <= 1e-15
 
 
 def pose_maps(seed, height, width, people, noise, spacing=1):

@@ -12,19 +12,10 @@ import torch
 from torch import nn
 
 from minicn.checkpoints import files
-from minicn.conditions.networks import (
-    HED,
-    LIMBS,
-    MLSD,
-    BodyPose,
-    blur,
-    find_lines,
-    find_peaks,
-    find_people,
-    join,
-    match,
-    resize,
-)
+from minicn.conditions.filters import blur
+from minicn.conditions.networks import HED, MLSD, BodyPose, find_lines, find_people
+from minicn.conditions.networks.annotator import resize
+from minicn.conditions.networks.bodypose import LIMBS, find_peaks, join, match
 
 NETWORKS = [HED, MLSD, BodyPose]
 
@@ -123,17 +114,23 @@ def test_load_executes_no_pickle(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("norm"), r"not HED's: norm is missing; name ControlNetHED.pth$"),
-        (lambda state: state.update(extra=torch.zeros(1)), r"not HED's: extra is unknown; name ControlNetHED.pth$"),
-        (lambda state: state.update(norm=torch.zeros(3)), r"not HED's: norm is \(3,\) instead of \(1, 3, 1, 1\); name"),
+        (lambda state: state.pop("norm"), r"not a file of HED: norm is missing; use ControlNetHED.pth$"),
+        (
+            lambda state: state.update(extra=torch.zeros(1)),
+            r"not a file of HED: extra is unexpected; use ControlNetHED.pth",
+        ),
+        (
+            lambda state: state.update(norm=torch.zeros(3)),
+            r"not a file of HED: norm is \(3,\) instead of \(1, 3, 1, 1\)",
+        ),
         (
             lambda state: [state.pop(key) for key in list(state)[:5]],
-            r"norm is missing, .* is missing, and 3 more differ; name",
+            r"norm is missing, .* is missing, and 3 more differences; use",
         ),
     ],
 )
 def test_a_file_of_another_network_is_named(networks, tmp_path, change, words):
-    """What is missing, unknown or of another shape; two of them, then a number; in one line."""
+    """What is missing, unexpected or of another shape; two of them, then a number; in one line."""
     state = dict(networks[HED].state_dict())
     change(state)
     files.write(tmp_path / "file.safetensors", state)
@@ -173,7 +170,11 @@ def test_no_file_is_named(kind, tmp_path):
             r"image is uint8 of shape \(20, 20\), but must be uint8 of shape \(H, W, 3\)",
         ),
         (np.zeros((20, 20, 4), np.uint8), ValueError, r"of shape \(20, 20, 4\), but"),
-        (np.zeros((0, 20, 3), np.uint8), ValueError, r"image is 0x20 pixels, but .* needs \d+ or more each way"),
+        (
+            np.zeros((0, 20, 3), np.uint8),
+            ValueError,
+            r"image is 0x20 pixels, but .* needs at least (\d+)x\1: enlarge",
+        ),
     ],
 )
 def test_what_is_no_picture_is_refused(networks, kind, image, error, words):
@@ -183,13 +184,13 @@ def test_what_is_no_picture_is_refused(networks, kind, image, error, words):
 
 def test_a_picture_of_one_pixel_works_or_is_refused(networks):
     """HED halves four times, so 16 pixels are the least; the others enlarge."""
-    with pytest.raises(ValueError, match="image is 1x1 pixels, but HED needs 16 or more each way: enlarge it first"):
+    with pytest.raises(ValueError, match="image is 1x1 pixels, but HED needs at least 16x16: enlarge it first"):
         networks[HED](noise(1, 1))
     assert networks[HED](noise(16, 31)).shape == (16, 31)
     assert networks[MLSD](noise(1, 1)).shape[1:] == (4,)
     assert networks[BodyPose](noise(1, 1)).shape[1:] == (18, 3)
     for size in ((1, 17), (170, 10)):
-        with pytest.raises(ValueError, match=f"image is {size[0]}x{size[1]} pixels, more than 16 times as long as wide"):
+        with pytest.raises(ValueError, match=f"image is {size[0]}x{size[1]} pixels, an aspect ratio over 16: crop it first"):
             networks[BodyPose](noise(*size))
 
 
@@ -402,7 +403,7 @@ def test_two_equal_neighbours_are_two_peaks():
     heat = 0.6 * np.exp(-((x - 45.5) ** 2 + (y - 25) ** 2) / 50)
     assert find_peaks(heat)[:, :2].tolist() == [[45, 25], [46, 25]]
     half = np.random.default_rng(0).random((30, 20))
-    smooth = blur(np.concatenate([half, half[:, ::-1]], axis=1))
+    smooth = blur(np.concatenate([half, half[:, ::-1]], axis=1), 3, 12, "symmetric")
     assert np.array_equal(smooth, smooth[:, ::-1])
 
 

@@ -278,9 +278,9 @@ def test_floating_point_files_are_refused_by_name(tmp_path):
 
 def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
     """Missing, a folder, empty, text, cut off: each error names the file, and none is a traceback of Pillow's."""
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist or is no file: name a picture"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist or is not a file: name an image"):
         load_image(tmp_path / "nowhere.png")
-    with pytest.raises(FileNotFoundError, match="does not exist or is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
         load_image(tmp_path)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for name in ("cut.png", "cut.jpg", "cut.webp"):
@@ -290,7 +290,7 @@ def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
     for name in ("cut.png", "cut.jpg", "cut.webp", "empty.png", "text.png"):
-        with pytest.raises(ValueError, match=rf"{name} is no picture that can be read"):
+        with pytest.raises(ValueError, match=rf"{name} is not a readable image"):
             load_image(tmp_path / name)
 
 
@@ -527,8 +527,8 @@ def test_no_line_is_a_black_hint():
     ("lines", "words"),
     [
         (np.zeros((3, 2)), r"shape \(3, 2\), but must be \(N, 4\)"),
-        ([[0, 0, np.nan, 1]], "no numbers or 100000 pixels away"),
-        ([[0, 0, 1e9, 1]], "no numbers or 100000 pixels away"),
+        ([[0, 0, np.nan, 1]], "not finite or 100000 pixels away"),
+        ([[0, 0, 1e9, 1]], "not finite or 100000 pixels away"),
     ],
 )
 def test_draw_lines_refuses(lines, words):
@@ -544,7 +544,7 @@ def test_a_scribble_is_white_where_the_drawing_is_dark():
     drawn = np.full((1, 4, 3), 255, np.uint8)
     drawn[0, 0], drawn[0, 1], drawn[0, 2] = 126, 127, (255, 0, 0)
     assert np.array_equal(conditions.scribble(drawn)[..., 0], [[255, 0, 255, 0]])
-    with pytest.raises(ValueError, match="has no stroke: draw with a dark pen"):
+    with pytest.raises(ValueError, match="has no strokes: draw with a dark pen"):
         conditions.scribble(np.full((4, 4, 3), 255, np.uint8))
 
 
@@ -605,7 +605,7 @@ def test_hed_without_weights_says_so():
     """A filter stands in: it warns, is bright at a step, dark elsewhere, and darker on texture than on an outline."""
     image = np.full((64, 64, 3), 40, np.uint8)
     image[:, 32:] = 200
-    with pytest.warns(UserWarning, match="hed without weights: a soft-edge filter stands in"):
+    with pytest.warns(UserWarning, match="hed without weights: a soft-edge filter replaces the network"):
         hint = conditions.hed(image)
     assert hint[10:50, 31:33].min() > 200
     assert hint[10:50, :20].max() == 0
@@ -728,7 +728,7 @@ def test_poses_refuse_what_is_no_pose(draw, points):
         draw(np.zeros((2, 25, 3)), 8, 8)
     people = np.zeros((2, points, 3))
     people[1, 3, 1] = np.nan
-    with pytest.raises(ValueError, match="point 3 of person 1 has y nan: give pixels"):
+    with pytest.raises(ValueError, match="point 3 of person 1 has y nan: give coordinates in pixels"):
         draw(people, 8, 8)
     people[1, 3, 1] = 1e7
     with pytest.raises(ValueError, match=r"point 3 of person 1 has y 1e\+07"):
@@ -772,7 +772,7 @@ def test_openpose_files_of_shares(tmp_path):
         assert size == (480, 640)
         assert people[0, 0].tolist() == [320, 240, 0.5]
     del content["canvas_width"]
-    with pytest.raises(ValueError, match="has coordinates from 0 to 1: multiply them by the picture's width and height"):
+    with pytest.raises(ValueError, match=r"has coordinates in \[0, 1\]: multiply them by the image's width and height"):
         conditions.read_openpose(written(tmp_path, content))
 
 
@@ -788,34 +788,42 @@ def test_openpifpaf_files(tmp_path):
     assert size == (48, 64)
     assert np.array_equal(people, [points])
     coco["annotations"].append(entry | {"image_id": 8})
-    with pytest.raises(ValueError, match="annotates several pictures: give a file of one"):
+    with pytest.raises(ValueError, match="annotates several images: give a file with one"):
         conditions.read_openpifpaf(written(tmp_path, coco))
 
 
 EIGHTEEN, SEVENTEEN = flat(np.ones((18, 3)) * 5), flat(np.ones((17, 3)) * 5)
 BAD_POINTS = {
-    "no JSON": ("{", "is no JSON file of key points", "is no JSON file of key points"),
-    "a number": ("3", 'holds no list "people"', 'holds no list of objects with "keypoints"'),
-    "another format": ({"shapes": []}, 'holds no list "people"', 'holds no list of objects with "keypoints"'),
+    "no JSON": ("{", "is not a JSON file of key points", "is not a JSON file of key points"),
+    "a number": ("3", 'has no list "people"', 'has no list of objects with "keypoints"'),
+    "another format": ({"shapes": []}, 'has no list "people"', 'has no list of objects with "keypoints"'),
     "the other one": (
         [{"keypoints": SEVENTEEN, "pose_keypoints_2d": 3}] * 2,
-        'is no key-point file of OpenPose: it holds no list "people"',
+        'is not an OpenPose key-point file: it has no list "people"',
         None,
     ),
     "the other one, too": (
         {"people": [{"pose_keypoints_2d": EIGHTEEN}]},
         None,
-        "is no key-point file of OpenPifPaf or COCO",
+        "is not an OpenPifPaf or COCO key-point file",
     ),
-    "no people": ({"people": []}, "holds no person: the hint would be empty", None),
-    "no people, too": ([], None, "holds no person: the hint would be empty"),
+    "no people": ({"people": []}, "contains no people: the hint would be empty", None),
+    "no people, too": ([], None, "contains no people: the hint would be empty"),
     "no pose": ({"people": [{"face_keypoints_2d": []}]}, 'person 0 has no "pose_keypoints_2d"', None),
-    "17 points": ({"people": [{"pose_keypoints_2d": SEVENTEEN}]}, "person 0 has 51 values, but 54 or 75 are needed", None),
-    "18 points": ([{"keypoints": EIGHTEEN}], None, "person 0 has 54 values, but 51 are needed"),
+    "17 points": (
+        {"people": [{"pose_keypoints_2d": SEVENTEEN}]},
+        "person 0 has 51 values; expected 54 or 75, three for each of COCO's",
+        None,
+    ),
+    "18 points": (
+        [{"keypoints": EIGHTEEN}],
+        None,
+        "person 0 has 54 values; expected 51, three for each of COCO's",
+    ),
     "words": ({"people": [{"pose_keypoints_2d": ["x"] * 54}]}, "person 0 has no list of numbers", None),
     "not a number": (
         {"people": [{"pose_keypoints_2d": [float("nan"), *EIGHTEEN[1:]]}]},
-        "point 0 of person 0 has x nan: give pixels",
+        "point 0 of person 0 has x nan: give coordinates in pixels",
         None,
     ),
     "not a number, too": ([{"keypoints": [*SEVENTEEN[:-1], float("nan")]}], None, "point 16 of person 0 has confidence nan"),
@@ -832,7 +840,7 @@ def test_key_point_files_are_refused_by_name(tmp_path, case):
             with pytest.raises(ValueError, match="points.json") as error:
                 read(path)
             assert words in str(error.value)
-    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist or is no file: name a JSON file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist or is not a file: name a JSON file"):
         conditions.read_openpose(tmp_path / "none.json")
 
 
@@ -894,10 +902,10 @@ def test_labels_out_of_range_are_named():
     assert not conditions.coco_stuff(np.zeros((1, 1), int)).any()
     assert np.array_equal(conditions.ade20k(np.zeros((1, 1), int))[0, 0], (120, 120, 120))
     for paint, value, limits in (
-        (conditions.ade20k, 150, "ADE20K's 0 to 149"),
-        (conditions.ade20k, -1, "ADE20K's 0 to 149"),
-        (conditions.coco_stuff, 183, "COCO-Stuff's 1 to 182"),
-        (conditions.coco_stuff, -1, "COCO-Stuff's 1 to 182"),
+        (conditions.ade20k, 150, "ADE20K's range 0 to 149"),
+        (conditions.ade20k, -1, "ADE20K's range 0 to 149"),
+        (conditions.coco_stuff, 183, "COCO-Stuff's range 1 to 182"),
+        (conditions.coco_stuff, -1, "COCO-Stuff's range 1 to 182"),
     ):
         with pytest.raises(ValueError, match=rf"label {value} is outside {limits} \(1 such pixels\)"):
             paint(np.array([[3, value]]))
@@ -915,9 +923,9 @@ def test_label_maps_are_read_as_numbers(tmp_path):
     assert image.mode == "P"
     assert np.array_equal(conditions.read_labels(saved(tmp_path, image)), labels)
     assert np.array_equal(conditions.read_labels(saved(tmp_path, Image.fromarray(labels.astype(np.uint16)))), labels)
-    with pytest.raises(ValueError, match=r"picture\.png is no label map: it has the channels R, G, B, but needs one"):
+    with pytest.raises(ValueError, match=r"\.png is not a label map: expected a single channel of integers, got R, G, B"):
         conditions.read_labels(saved(tmp_path, image.convert("RGB")))
-    with pytest.raises(ValueError, match="is no label map: it has the channels L, A"):
+    with pytest.raises(ValueError, match="is not a label map: expected a single channel of integers, got L, A"):
         conditions.read_labels(saved(tmp_path, image.convert("LA")))
 
 
@@ -1000,18 +1008,18 @@ def test_normal_maps_with_holes_and_smoothed_borders(tmp_path):
     assert got[1, 0].tolist() == [0, 1, 0]
     normals[1, :6] = (0, 0.5, 0)
     np.save(tmp_path / "map.npy", normals)
-    with pytest.raises(ValueError, match=r"map\.npy is no normal map: the vectors of 6% of its pixels are not of unit"):
+    with pytest.raises(ValueError, match=r"map\.npy is not a normal map: 6% of its vectors are not of unit length"):
         conditions.read_normals(tmp_path / "map.npy")
     for array, words in (
         (np.zeros((4, 4)), r"has shape \(4, 4\), but a normal map is \(H, W, 3\)"),
-        (np.full((4, 4, 3), np.nan), "holds values that are no finite numbers"),
-        (np.array(["a"]), "holds no array of numbers"),
+        (np.full((4, 4, 3), np.nan), "contains values that are not finite"),
+        (np.array(["a"]), "does not contain an array of numbers"),
     ):
         np.save(tmp_path / "map.npy", array)
         with pytest.raises(ValueError, match=words):
             conditions.read_normals(tmp_path / "map.npy")
     (tmp_path / "map.npy").write_bytes(b"no array")
-    with pytest.raises(ValueError, match=r"is no \.npy file that can be read"):
+    with pytest.raises(ValueError, match=r"is not a readable \.npy file"):
         conditions.read_normals(tmp_path / "map.npy")
     with pytest.raises(ValueError, match="axes is 'blender', but must be one of: opengl, directx, diode"):
         conditions.read_normals(tmp_path / "map.npy", "blender")
@@ -1022,7 +1030,7 @@ def test_depth_is_stretched_near_is_white():
     assert conditions.depth(np.array([[3.0, 4.0, 5.0]]))[..., 0].tolist() == [[0, 127, 255]]
     assert not conditions.depth(np.full((2, 2), 7.0)).any()
     assert conditions.depth(np.array([[0, 200]], np.uint8))[..., 2].tolist() == [[0, 255]]
-    with pytest.raises(ValueError, match="depth holds values that are no finite numbers"):
+    with pytest.raises(ValueError, match="depth contains values that are not finite"):
         conditions.depth(np.array([[np.inf, 1]]))
     with pytest.raises(ValueError, match=r"float64 of shape \(2, 2, 3\), but must be numbers of shape \(H, W\)"):
         conditions.depth(np.zeros((2, 2, 3)))
@@ -1039,7 +1047,7 @@ def test_depth_maps_are_read_in_full_depth(tmp_path):
     assert conditions.read_depth(float_file).tolist() == [[0.25, 900]]
     np.save(tmp_path / "depth.npy", np.array([[[0.25, 900]]]))
     assert conditions.read_depth(tmp_path / "depth.npy").tolist() == [[0.25, 900]]
-    with pytest.raises(ValueError, match=r"picture\.png is no depth map: it is coloured"):
+    with pytest.raises(ValueError, match=r"picture\.png is not a depth map: it is coloured"):
         conditions.read_depth(saved(tmp_path, Image.new("RGB", (2, 2), "red")))
 
 
@@ -1081,7 +1089,7 @@ def test_doubts_about_wrong_hints():
     black = np.zeros((16, 16, 3), np.uint8)
     cases = [
         *((name, black, "all black") for name in conditions.NAMES),
-        ("depth", black + 9, "all of one colour"),
+        ("depth", black + 9, "a single colour"),
         *((name, 255 - canny(scene.image), "looks inverted") for name in ("canny", "hough", "scribble", "hed", "lineart")),
         ("openpose", pose_hint()[..., ::-1], "look like BGR"),
         ("openpose", pose_hint("v1.0")[..., ::-1], "look like BGR"),
@@ -1290,34 +1298,43 @@ def test_the_command_notes_what_looks_wrong(inputs, capsys):
 
 REFUSED = {
     "unknown": ("smell picture.png", ", ".join(repr(name) for name in conditions.NAMES)),
-    "missing": ("canny none.png", "none.png does not exist or is no file: name a picture"),
-    "no picture": ("canny openpose.json", "openpose.json is no picture that can be read"),
-    "cut": ("canny cut.png", "cut.png is no picture that can be read"),
-    "1x1": ("canny tiny.png", "tiny.png is 1x1 pixels: a hint needs 8x8 at least"),
+    "missing": ("canny none.png", "none.png does not exist or is not a file: name an image"),
+    "no picture": ("canny openpose.json", "openpose.json is not a readable image"),
+    "cut": ("canny cut.png", "cut.png is not a readable image"),
+    "1x1": ("canny tiny.png", "tiny.png is 1x1 pixels, but a hint needs at least 8x8: enlarge it"),
     "1x1 labels": ("ade20k tiny.png", "tiny.png is 1x1 pixels"),
     "1x1 depth": ("depth tiny.png", "tiny.png is 1x1 pixels"),
     "1x1 normals": ("normal blue.png", "blue.png is 1x1 pixels"),
     "1x1 ready": ("hed tiny.png --ready", "tiny.png is 1x1 pixels"),
-    "huge": ("canny huge.png", "huge.png is no picture that can be read: 100x100 pixels are more than Pillow's limit"),
-    "too long": ("canny long.png --resolution 8192", "8x9000 pixels would become 8192x9216000: choose a smaller resolution"),
-    "no stroke": ("scribble white.png", "the drawing has no stroke"),
-    "colour labels": ("ade20k picture.png", "picture.png is no label map: it has the channels R, G, B"),
-    "labels out of range": ("ade20k high.png", "high.png: label 200 is outside ADE20K's 0 to 149"),
-    "no normals": ("normal grey.png", "grey.png is no normal map"),
-    "coloured depth": ("depth picture.png", "picture.png is no depth map: it is coloured"),
-    "no people": ("openpose empty.json --size 64x64", "empty.json holds no person"),
+    "huge": ("canny huge.png", "huge.png is not a readable image: 100x100 pixels exceed Pillow's limit"),
+    "too long": ("canny long.png --resolution 8192", "8x9000 pixels would become 8192x9216000: choose a lower resolution"),
+    "no stroke": ("scribble white.png", "the drawing has no strokes"),
+    "colour labels": (
+        "ade20k picture.png",
+        "picture.png is not a label map: expected a single channel",
+    ),
+    "labels out of range": ("ade20k high.png", "high.png: label 200 is outside ADE20K's range 0 to 149"),
+    "no normals": ("normal grey.png", "grey.png is not a normal map"),
+    "coloured depth": ("depth picture.png", "picture.png is not a depth map: it is coloured"),
+    "no people": ("openpose empty.json --size 64x64", "empty.json contains no people"),
     "NaN": ("openpose nan.json --size 64x64", "nan.json: point 0 of person 0 has x nan"),
-    "a picture": ("openpose picture.png --size 64x64", "picture.png is no JSON file of key points"),
-    "another format": ("openpifpaf openpose.json", "openpose.json is no key-point file of OpenPifPaf or COCO"),
-    "no size": ("openpose openpose.json", "does not say how large its picture was: give --size WIDTHxHEIGHT or --like"),
-    "two sizes": ("openpose openpose.json --size 64x64 --like picture.png", "both say how large the picture is: give one"),
-    "bad size": ("openpose openpose.json --size 64", "'64' came, but WIDTHxHEIGHT is needed"),
+    "a picture": ("openpose picture.png --size 64x64", "picture.png is not a JSON file of key points"),
+    "another format": ("openpifpaf openpose.json", "openpose.json is not an OpenPifPaf or COCO key-point file"),
+    "no size": ("openpose openpose.json", "does not state the size of its image: give --size WIDTHxHEIGHT or --like"),
+    "two sizes": (
+        "openpose openpose.json --size 64x64 --like picture.png",
+        "both state the size of the image: give",
+    ),
+    "bad size": ("openpose openpose.json --size 64", "WIDTHxHEIGHT"),
     "elsewhere": ("openpose openpose.json --size 8x8", "no point lies within 8x8 pixels"),
-    "no use": ("hed picture.png --low 3", "--low counts for nothing with hed, which takes --detect-resolution, --safe"),
-    "no use, alone": ("scribble drawing.png --weights w", "--weights counts for nothing without --fake: give both or none"),
-    "no use, ready": ("canny picture.png --ready --low 3", "--low counts for nothing with --ready: give one of the two"),
-    "axes of depth": ("normal depth.png --from-depth --axes opengl", "--axes counts for nothing with --from-depth"),
-    "size of a picture": ("openpose picture.png --weights w --size 64x64", "--size and --like count for nothing"),
+    "no use": ("hed picture.png --low 3", "--low has no effect with hed, which takes --detect-resolution, --safe"),
+    "no use, alone": ("scribble drawing.png --weights w", "--weights has no effect without --fake: give both or neither"),
+    "no use, ready": ("canny picture.png --ready --low 3", "--low has no effect with --ready: give only one of them"),
+    "axes of depth": ("normal depth.png --from-depth --axes opengl", "--axes has no effect with --from-depth"),
+    "size of a picture": (
+        "openpose picture.png --weights w --size 64x64",
+        "--size and --like have no effect with",
+    ),
     "no weights": ("hed picture.png --weights none.pth", "none.pth"),
     "resolution": ("canny picture.png --resolution 7", "64 to 8192"),
 }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minicn import __main__, toy
+from minicn import __main__, conditions, toy
 from minicn.trainer import data
 
 
@@ -104,9 +104,9 @@ def test_check_data_says_every_problem(tmp_path, capsys):
     said = out.splitlines()
     for number, words in (
         (2, "looks inverted"),
-        (3, "is all black"),
+        (3, "it is all black"),
         (4, "has 40x20 pixels, but"),
-        (5, "is no picture"),
+        (5, "is not a readable image"),
         (6, "does not exist"),
         (7, "the prompt is empty"),
     ):
@@ -120,8 +120,8 @@ def test_check_data_says_every_problem(tmp_path, capsys):
 
 
 def test_the_toys_hints_do_not_look_inverted():
-    assert not any(data.looks_inverted(toy.scene(i).hint("canny")) for i in range(30))
-    assert all(data.looks_inverted(255 - toy.scene(i).hint("canny")) for i in range(30))
+    assert not any(conditions.looks_inverted(toy.scene(i).hint("canny")) for i in range(30))
+    assert all(conditions.looks_inverted(255 - toy.scene(i).hint("canny")) for i in range(30))
 
 
 def test_make_data_writes_what_check_data_likes(tmp_path, capsys):

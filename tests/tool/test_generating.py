@@ -430,7 +430,7 @@ def write_bomb(path):
         (["--prompt", "x", "--captioner", "blip"], "--captioner counts for nothing without --prompt-setting automatic"),
         (["--prompt", "x", "--image", "{tmp}/bomb.png"], "pixels"),
         (["--prompt", "x", "--output", "{tmp}/kept.png"], "must not be written"),
-        (["--prompt", "x", "--image", "{tmp}/cut.png"], "is no picture"),
+        (["--prompt", "x", "--image", "{tmp}/cut.png"], "is not a readable image"),
         (["--prompt", "x", "--image", "{tmp}/tiny.png"], "multiples of 8"),
         (["--prompt", "x", "--denoise", "0", "--image", "{tmp}/mask.png"], "denoise is 0"),
         (["--prompt", "x", "--height", "100"], "multiples of 8"),

@@ -319,7 +319,7 @@ def hints():
     conditions.coco_stuff(scene.labels[:100])
     conditions.hint_tensor(torch.zeros(2, 3, 8, 16))
     toy.world._shades.__wrapped__()  # else kept from tests before
-    palettes._read("0 120 120 120 wall")
+    palettes._read("ade20k")
 
 
 def files(folder: Path):
@@ -338,7 +338,7 @@ def files(folder: Path):
     conditions.read_openpifpaf(people)
     conditions.read_openpose(pose)
     data.write_pairs(folder / "pairs", data.circles(1, size=48))
-    data.looks_inverted(data.load_pair(data.read_pairs(folder / "pairs")[0], 32)[0])
+    conditions.doubts(None, data.load_pair(data.read_pairs(folder / "pairs")[0], 32)[0])
 
 
 def test_every_stated_shape_is_what_comes(tmp_path):

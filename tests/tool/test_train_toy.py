@@ -234,7 +234,7 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
         (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no file or folder"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png"], "go together"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png", "--controlnet", "toy-canny"], "does not exist"),
-        (["--output", "{tmp}/out.png", "--hint", "{tmp}/text.png", "--controlnet", "toy-canny"], "is no picture"),
+        (["--output", "{tmp}/out.png", "--hint", "{tmp}/text.png", "--controlnet", "toy-canny"], "is not a readable image"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/odd.png", "--controlnet", "toy-canny"], "multiples of 8"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/ok.png", "--controlnet", "toy-smell"], "toy-canny"),
         (["--output", "{tmp}/out.png", *CONTROL, "--control-start", "0.9", "--control-end", "0.1"], "lies after"),

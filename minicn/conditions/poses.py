@@ -1,0 +1,184 @@
+"""Poses: the skeletons of OpenPose and OpenPifPaf, drawn from key points and from the JSON files that hold them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from minicn.conditions import drawing
+from minicn.conditions.images import check_file, check_version
+
+# OpenPose's 18 points: nose, neck, right shoulder, elbow, wrist, the same on the left, right hip, knee, ankle, the same on
+# the left, right eye, left eye, right ear, left ear. Limbs are pairs of points, numbered from 0, in the order of their
+# colours: 13 of the body, then 4 of the face.
+OPENPOSE_LIMBS = (
+    *((1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13)),
+    *((1, 0), (0, 14), (14, 16), (0, 15), (15, 17)),
+)
+OPENPOSE_COLOURS = (
+    *((255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85)),
+    *((0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255)),
+    *((255, 0, 255), (255, 0, 170), (255, 0, 85)),
+)
+BODY_25 = (*range(8), *range(9, 19))  # OpenPose's 18 points among its newer 25
+
+# COCO's 17 points: nose, left eye, right eye, left ear, right ear, left shoulder, right shoulder, then elbows, wrists,
+# hips, knees, ankles. The skeleton and its colours are OpenPifPaf's: matplotlib's tab20, in the order of the limbs.
+OPENPIFPAF_LIMBS = (
+    *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8)),
+    *((7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
+)
+OPENPIFPAF_COLOURS = (
+    *((31, 119, 180), (174, 199, 232), (255, 127, 14), (255, 187, 120), (44, 160, 44), (152, 223, 138)),
+    *((214, 39, 40), (255, 152, 150), (148, 103, 189), (197, 176, 213), (140, 86, 75), (196, 156, 148)),
+    *((227, 119, 194), (247, 182, 210), (127, 127, 127), (199, 199, 199), (188, 189, 34), (219, 219, 141)),
+    *((23, 190, 207),),
+)
+
+
+def openpose(people: np.ndarray, height: int, width: int, version: str = "v1.1", threshold: float = 0.1) -> np.ndarray:
+    """Draw OpenPose skeletons as ControlNet learned them: coloured limbs and joints on black, (H, W, 3) uint8 RGB.
+
+    people     (P, 18, 3) x, y in pixels and confidence (0: absent), in OpenPose's order of the 18 COCO points
+    version    "v1.1": limbs at 60% brightness, then joints on top; "v1.0": joints, then limbs over them, 60% opaque
+    threshold  points of this confidence or less are left out; 0.1 in the official code
+    Joints are dots of radius 4, limbs ellipses 8 pixels wide; everyone's limb 1 is drawn before limb 2. No hands or faces.
+    """
+    check_version(version)
+    people = _check_people(people, 18)
+    seen = people[..., 2] > threshold
+    canvas = drawing.new_canvas(height, width)
+
+    def joints():
+        for j, colour in enumerate(OPENPOSE_COLOURS):
+            for x, y in people[seen[:, j], j, :2].astype(int):
+                drawing.dot(canvas, x, y, 4, colour)
+
+    if version == "v1.0":
+        joints()
+    for (a, b), colour in zip(OPENPOSE_LIMBS, OPENPOSE_COLOURS, strict=False):  # a joint more than limbs
+        for start, end in people[seen[:, a] & seen[:, b]][:, (a, b), :2]:
+            x, y = ((start + end) / 2).astype(int)
+            dx, dy = start - end
+            half, angle = int(np.hypot(dx, dy) / 2), int(np.degrees(np.arctan2(dy, dx)))
+            box, inside = drawing.filled(canvas, drawing.ellipse_outline(x, y, half, 4, angle))
+            under = canvas[box][inside] if version == "v1.0" else np.zeros(3)
+            canvas[box][inside] = np.rint(0.4 * under + 0.6 * np.array(colour))
+    if version == "v1.1":
+        joints()
+    return canvas
+
+
+def openpifpaf(people: np.ndarray, height: int, width: int, threshold: float = 0.1) -> np.ndarray:
+    """Draw OpenPifPaf skeletons on black, (H, W, 3) uint8 RGB.
+
+    people     (P, 17, 3) x, y in pixels and confidence (0: absent), in COCO's order of the 17 points
+    threshold  points of this confidence or less are left out
+    Neither the weights of the paper's OpenPifPaf model nor its drawing code were released. These are OpenPifPaf's own 19
+    limbs and colours, 4 pixels wide with round ends, and white dots of radius 2 for the joints.
+    """
+    people = _check_people(people, 17)
+    seen = people[..., 2] > threshold
+    canvas = drawing.new_canvas(height, width)
+    for (a, b), colour in zip(OPENPIFPAF_LIMBS, OPENPIFPAF_COLOURS, strict=True):
+        drawing.thick_lines(canvas, people[seen[:, a] & seen[:, b]][:, (a, b), :2].reshape(-1, 4), colour, 4)
+    for x, y in np.rint(people[seen][:, :2]).astype(int):
+        drawing.dot(canvas, x, y, 2, (255, 255, 255))
+    return canvas
+
+
+def _check_people(people: np.ndarray, points: int) -> np.ndarray:
+    people = np.asarray(people, dtype=np.float64)
+    if people.ndim != 3 or people.shape[1:] != (points, 3):
+        raise ValueError(f"people have shape {people.shape}, but must be (P, {points}, 3): x, y, confidence")
+    wrong = np.argwhere(~np.isfinite(people) | (np.abs(people) > drawing.LIMIT))
+    if len(wrong):
+        person, point, what = wrong[0]
+        raise ValueError(
+            f"point {point} of person {person} has {('x', 'y', 'confidence')[what]} {people[tuple(wrong[0])]:g}: "
+            f"give coordinates in pixels, at most {drawing.LIMIT} away, and confidence 0 for an absent point"
+        )
+    return people
+
+
+def read_openpose(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Read the people (P, 18, 3) of an OpenPose JSON file, and the (height, width) of the image if it states them.
+
+    COCO-18 or BODY_25, by the number of values; BODY_25's feet and mid-hip are left out.
+    Raises FileNotFoundError or ValueError for another format or a file without people.
+    """
+    found = _read_json(path)
+    if isinstance(found, list) and len(found) == 1:
+        found = found[0]
+    if not isinstance(found, dict) or not isinstance(found.get("people"), list):
+        raise ValueError(f'{path} is not an OpenPose key-point file: it has no list "people"')
+    people = []
+    for i, person in enumerate(found["people"]):
+        if not isinstance(person, dict) or "pose_keypoints_2d" not in person:
+            raise ValueError(f'{path}: person {i} has no "pose_keypoints_2d": run OpenPose with its body model')
+        values = person["pose_keypoints_2d"]
+        if values:  # null or empty: only face or hands were seen
+            points = _points(path, i, values, {54: 18, 75: 25}, "COCO's 18 or BODY_25's 25 points")
+            people.append(points if len(points) == 18 else points[list(BODY_25)])
+    return _people(path, people, _size(found, "canvas_height", "canvas_width"))
+
+
+def read_openpifpaf(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Read the people (P, 17, 3) of an OpenPifPaf prediction or a COCO annotation file, and (height, width) if stated.
+
+    OpenPifPaf writes a list of objects with "keypoints"; COCO an object with "annotations" (and "images").
+    Raises FileNotFoundError or ValueError for another format, several images or a file without people.
+    """
+    found, size = _read_json(path), None
+    if isinstance(found, dict) and isinstance(found.get("annotations"), list):
+        images = found.get("images")
+        if isinstance(images, list) and len(images) == 1 and isinstance(images[0], dict):
+            size = _size(images[0], "height", "width")
+        found = found["annotations"]
+        if len({str(entry.get("image_id")) for entry in found if isinstance(entry, dict)}) > 1:
+            raise ValueError(f"{path} annotates several images: give a file with one")
+    if not isinstance(found, list) or not all(isinstance(entry, dict) and "keypoints" in entry for entry in found):
+        raise ValueError(f'{path} is not an OpenPifPaf or COCO key-point file: it has no list of objects with "keypoints"')
+    people = [_points(path, i, entry["keypoints"], {51: 17}, "COCO's 17 points") for i, entry in enumerate(found)]
+    return _people(path, people, size)
+
+
+def _read_json(path: str | Path):
+    check_file(path, "a JSON file of key points")
+    try:
+        return json.loads(Path(path).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON file of key points: {error}") from error
+
+
+def _points(path: str | Path, person: int, values: object, counts: dict[int, int], names: str) -> np.ndarray:
+    """Return a flat list x, y, confidence, x, ... as (points, 3); `counts` maps each allowed length to its points."""
+    numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numbers or len(values) not in counts:
+        found = f"{len(values)} values" if numbers else "no list of numbers"
+        raise ValueError(
+            f"{path}: person {person} has {found}; expected {' or '.join(map(str, counts))}, three for each of {names}"
+        )
+    return np.array(values, dtype=np.float64).reshape(counts[len(values)], 3)
+
+
+def _size(found: dict, height: str, width: str) -> tuple[int, int] | None:
+    """Return the height and width that a file states, if it does."""
+    size = found.get(height), found.get(width)
+    return size if all(isinstance(v, int) and 0 < v <= drawing.LIMIT for v in size) else None
+
+
+def _people(path: str | Path, people: list, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """Check the people of a file, and convert coordinates in [0, 1] to pixels."""
+    if not people:
+        raise ValueError(f"{path} contains no people: the hint would be empty")
+    try:
+        people = _check_people(np.stack(people), len(people[0]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    present = people[people[..., 2] > 0][:, :2]
+    if len(present) and present.min() >= 0 and present.max() <= 1:
+        if size is None:
+            raise ValueError(f"{path} has coordinates in [0, 1]: multiply them by the image's width and height")
+        people = people * [size[1], size[0], 1]
+    return people, size
