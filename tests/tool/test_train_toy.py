@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_toy
-from minicn import ControlNet, StableDiffusion, __main__, files, hub, pretraining, recording, toy, training
+from minicn import ControlNet, StableDiffusion, __main__, files, pretraining, recording, toy, training
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ["--hint", "{tmp}/ok.png", "--controlnet", "toy-canny"]

@@ -144,6 +144,15 @@ def test_unlocking_moves_what_it_says_and_nothing_else(examples, tmp_path, unloc
         ControlNet.load(tmp_path / "model.safetensors", unet=whole.unet)
 
 
+def test_the_learning_rate_falls_to_zero_over_the_last_share():
+    """1 for the first 70 of 100 steps, then evenly to 1/30 at the last; without decay 1 throughout."""
+    factors = [training.learning_rate_factor(step, 100) for step in range(1, 101)]
+    assert factors[:71] == [1.0] * 71
+    for step in range(72, 101):
+        assert abs(factors[step - 1] - (101 - step) / 30) < 1e-12
+    assert training.learning_rate_factor(100, 100, 0.0) == 1
+
+
 # Shares of a batch
 
 
