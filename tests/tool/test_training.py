@@ -567,6 +567,6 @@ def test_a_dry_run_prints_the_ledger_and_leaves_nothing(folder, tmp_path, capsys
 
 def test_a_dry_run_says_why_nothing_was_measured(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ledger, "free", lambda device: 1_000_000)
-    monkeypatch.setattr(ledger, "predict", lambda *_: ledger.Ledger(*[10**9] * 5))
+    monkeypatch.setattr(ledger, "predict", lambda *_: ledger.Ledger(0, *[10**9] * 4))
     assert command(folder, tmp_path / "out", "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "not measured: only 1 MB are free"
