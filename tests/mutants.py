@@ -519,7 +519,7 @@ BUGS = {
             "the hint comes in before the zero convolution of block 0 alone",
             "self.zero_convs[0](h)]",
             "self.zero_convs[0](h)]\n        h = h - hint_features",
-            "test_eq5_control_is_the_zero_convolutions_of_the_features",
+            "test_eq9_the_features_join_the_latents_after_their_first_convolution",
         ),
         (
             "no gradient behind the 11 zero convolutions",

@@ -113,7 +113,7 @@ def test_guidance_one_runs_the_model_once_a_step(sd, monkeypatch):
     seen = []
     monkeypatch.setattr(sd, "unet", Recorder(sd.unet, seen))
     sd.generate(PROMPT, guidance_scale=1, **QUICK)
-    assert [len(args[0]) for args in seen] == [1, 1]
+    assert [(len(x), len(keys.context)) for x, _, keys, *_ in seen] == [(1, 1), (1, 1)]
 
 
 def test_a_list_of_prompts_is_a_picture_each(sd, trained):
