@@ -1,4 +1,6 @@
-"""What the paper's tests share: the paper's letters read off a tensor, parameters compared, modules listened to."""
+"""What tests share: the paper's letters read off a tensor, layers by their formulas, parameters compared, modules heard."""
+
+import math
 
 import torch
 
@@ -22,6 +24,26 @@ def by_hand(z, inputs):
     return out.reshape(b, h, w, -1).movedim(-1, 1)
 
 
+def normed(x, module, groups, eps):
+    """Group normalisation, as its definition says."""
+    parts = x.reshape(len(x), groups, -1)
+    mean, var = parts.mean(-1, keepdim=True), parts.var(-1, unbiased=False, keepdim=True)
+    parts = ((parts - mean) / (var + eps).sqrt()).reshape(x.shape)
+    return parts * module.weight[:, None, None] + module.bias[:, None, None]
+
+
+def attention(q, k, v, heads, mask=None):
+    """softmax(q k^T / sqrt(d)) v, head by head; (B, N, C) each."""
+    results, d = [], q.shape[-1] // heads
+    for i in range(heads):
+        part = slice(i * d, (i + 1) * d)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(d)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        results.append(scores.softmax(-1) @ v[..., part])
+    return torch.cat(results, -1)
+
+
 def tensors(module):
     """Copies of every parameter and buffer."""
     return {name: t.detach().clone() for name, t in module.state_dict().items()}
@@ -39,6 +61,20 @@ def dezero(module, std=0.05, seed=1):
             if not p.any():
                 p.copy_(std * torch.randn(p.shape, generator=generator))
     return module
+
+
+def filled(module):
+    """Give every parameter normal values, in float64, so that none is neutral."""
+    generator = torch.Generator().manual_seed(5)
+    module = module.double().eval().requires_grad_(False)
+    for p in module.parameters():
+        p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def normal(*shape):
+    """Normal values in float64, the same at each call."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
 
 
 def randomise(net, seed=5):

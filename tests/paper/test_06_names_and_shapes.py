@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from minicn import VAE, ControlNet, TextConfig, TextEncoder, UNet, VAEConfig
+from minicn import VAE, ControlNet, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig
 from minicn.checkpoints import files, loading, weights
 
 # The published names, written out
@@ -180,6 +180,13 @@ def test_the_locked_part_that_controlnet_copies(states):
     """298 tensors of 348,712,960 parameters are common to U-Net and ControlNet."""
     both = states["unet"].keys() & states["controlnet"].keys()
     assert (len(both), sum(states["unet"][key].numel() for key in both)) == (298, 348_712_960)
+
+
+def test_default_sizes_that_no_weight_shows():
+    """Stable Diffusion 1.5's heads, groups and scale, which no shape of a weight gives away."""
+    assert (UNetConfig().num_heads, UNetConfig().norm_num_groups) == (8, 32)
+    assert (VAEConfig().norm_num_groups, VAEConfig().scaling_factor) == (32, 0.18215)
+    assert TextConfig().num_heads == 12
 
 
 # ldm <-> diffusers

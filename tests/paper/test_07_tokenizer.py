@@ -104,6 +104,7 @@ WORDS = {
     "  a \t red\n\nball ": ["a", "red", "ball"],
     "cat &amp; dog": ["cat", "&", "dog"],
     "cat &amp;amp; dog": ["cat", "&", "dog"],  # resolved twice, as OpenAI does
+    "1 < 2 &amp;amp; 3": ["1", "<", "2", "&", "3"],  # also where ftfy, because of the <, resolves none
     "&lt;b&gt;": ["<", "b", ">"],
     "“cat” isn’t": ['"', "cat", '"', "isn", "'t"],  # curly quotes are straightened
     "2024": ["2", "0", "2", "4"],

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from minicn import ControlNet, StableDiffusion, conditions, ddim, toy
+from minicn import ControlNet, ControlNetConfig, StableDiffusion, conditions, ddim, pipeline, toy, vae
 from minicn.checkpoints import hub
 
 PROMPT = "a red ball beside a yellow person on a white background"
@@ -113,7 +114,7 @@ def test_guidance_one_runs_the_model_once_a_step(sd, monkeypatch):
     seen = []
     monkeypatch.setattr(sd, "unet", Recorder(sd.unet, seen))
     sd.generate(PROMPT, guidance_scale=1, **QUICK)
-    assert [len(args[0]) for args in seen] == [1, 1]
+    assert [(len(x), len(keys.context)) for x, _, keys, *_ in seen] == [(1, 1), (1, 1)]
 
 
 def test_a_list_of_prompts_is_a_picture_each(sd, trained):
@@ -194,3 +195,58 @@ def test_the_toy_base_is_small_and_its_latents_have_the_size_of_stable_diffusion
     assert sd.vae.cfg.scaling_factor == 0.18215
     assert latents.mean().abs() < 0.2
     assert 0.8 < latents.std() < 1.2
+
+
+def test_pictures_become_latents_and_back_by_one_scale():
+    """encode_images: [0, 255] to [-1, 1], times 0.18215; decode_latents divides by it, rounds to the nearest level."""
+
+    class Open(nn.Module):
+        """An autoencoder that keeps what it is given."""
+
+        cfg = vae.VAEConfig()
+        quant_conv = nn.Conv2d(1, 1, 1)
+
+        def encode(self, images):
+            return images, None
+
+        def decode(self, latents):
+            return latents
+
+    sd = StableDiffusion.__new__(StableDiffusion)
+    sd.vae, sd.unet = Open(), nn.Module()
+    sd.unet.out = nn.Sequential(nn.Identity(), nn.Identity(), nn.Conv2d(1, 1, 1))
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    latents = sd.encode_images([Image.fromarray(levels)])
+    want = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16).expand(1, 3, 16, 16) * 0.18215
+    assert (latents - want).abs().max() < 1e-7
+    [back] = sd.decode_latents(latents)
+    assert np.array_equal(np.asarray(back), levels)
+    [nearest] = sd.decode_latents(torch.full((1, 3, 1, 1), 2 * 100.7 / 255 - 1) * 0.18215)
+    assert np.asarray(nearest)[0, 0, 0] == 101
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [(True, 0.825), ("diffusers", 10 ** (-1 / 12)), (False, 1.0)])
+@pytest.mark.parametrize("guided", [True, False])
+def test_guess_mode_scales_the_conditional_half_by_hand(mode, ratio, guided):
+    """Residual i is scaled by ratio^(12 - i), and where there are two halves, the unconditional one gets zeros."""
+
+    class Ones(nn.Module):
+        """A ControlNet whose 13 residuals are 1."""
+
+        cfg = ControlNetConfig()
+        time_embed = nn.Sequential(nn.Linear(4, 4))
+
+        def hint_features(self, hint):
+            return hint
+
+        def residuals(self, x, *_):
+            return [torch.ones(1, 2, 1, 1)] * 13
+
+    context, t = torch.zeros(1 + guided, 7, 12), torch.tensor([501, 1])
+    control = pipeline.Control(Ones(), torch.zeros(1, 3, 8, 8), 0.5, mode, context, t, guided)
+    residuals = control.residuals(torch.zeros(1, 4, 1, 1), t[:1], 0)
+    assert len(residuals) == 13
+    for i, c in enumerate(residuals):
+        halves = c.flatten(1).tolist()
+        assert halves[:-1] == ([[0, 0]] if guided and mode else [])
+        assert halves[-1] == pytest.approx([0.5 * ratio ** (12 - i)] * 2, rel=1e-6)

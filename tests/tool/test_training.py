@@ -130,6 +130,15 @@ def test_unlocking_moves_what_it_says_and_nothing_else(examples, tmp_path, unloc
         ControlNet.load(tmp_path / "model.safetensors", unet=whole.unet)
 
 
+def test_the_learning_rate_falls_to_zero_over_the_last_share():
+    """1 for the first 70 of 100 steps, then evenly to 1/30 at the last; without decay 1 throughout."""
+    factors = [training.learning_rate_factor(step, 100) for step in range(1, 101)]
+    assert factors[:71] == [1.0] * 71
+    for step in range(72, 101):
+        assert abs(factors[step - 1] - (101 - step) / 30) < 1e-12
+    assert training.learning_rate_factor(100, 100, 0.0) == 1
+
+
 # Shares of a batch
 
 
@@ -220,6 +229,8 @@ def test_two_processes_give_the_weights_of_one(two_processes, examples, tmp_path
 def test_gradient_checkpointing_changes_nothing_but_memory(few, sd, examples, tmp_path):
     """The same weights bit for bit, with fewer tensors kept for the way back."""
     plain, again = (train(few, examples, tmp_path / str(c), gradient_checkpointing=c) for c in (False, True))
+    assert not plain.gradient_checkpointing
+    assert all(model.gradient_checkpointing for model in (again, few.unet))  # the recipe reached both
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters(), strict=True))
 
     def kept(checkpointing):
