@@ -114,7 +114,7 @@ def test_guidance_one_runs_the_model_once_a_step(sd, monkeypatch):
     seen = []
     monkeypatch.setattr(sd, "unet", Recorder(sd.unet, seen))
     sd.generate(PROMPT, guidance_scale=1, **QUICK)
-    assert [(len(x), len(keys.context)) for x, _, keys, *_ in seen] == [(1, 1), (1, 1)]
+    assert [(len(x), len(context)) for x, _, context, *_ in seen] == [(1, 1), (1, 1)]
 
 
 def test_a_list_of_prompts_is_a_picture_each(sd, trained):
@@ -234,19 +234,19 @@ def test_guess_mode_scales_the_conditional_half_by_hand(mode, ratio, guided):
         """A ControlNet whose 13 residuals are 1."""
 
         cfg = ControlNetConfig()
-        time_embed = nn.Sequential(nn.Linear(4, 4))
 
         def hint_features(self, hint):
             return hint
 
         def residuals(self, x, *_):
-            return [torch.ones(1, 2, 1, 1)] * 13
+            return [torch.ones(len(x), 2, 1, 1)] * 13
 
-    context, t = torch.zeros(1 + guided, 7, 12), torch.tensor([501, 1])
-    control = pipeline.Control(Ones(), torch.zeros(1, 3, 8, 8), 0.5, mode, context, t, guided)
-    residuals = control.residuals(torch.zeros(1, 4, 1, 1), t[:1], 0)
+    context, latents = torch.zeros(1 + guided, 7, 12), torch.zeros(1, 4, 1, 1)
+    control = pipeline.Control(Ones(), torch.zeros(1, 3, 8, 8), 0.5, mode, context, guided, latents)
+    residuals = control.residuals(torch.cat([latents] * (1 + guided)), torch.tensor([501] * (1 + guided)))
     assert len(residuals) == 13
     for i, c in enumerate(residuals):
         halves = c.flatten(1).tolist()
-        assert halves[:-1] == ([[0, 0]] if guided and mode else [])
+        assert len(halves) == 1 + guided
+        assert not guided or halves[0] == ([0, 0] if mode else [0.5, 0.5])
         assert halves[-1] == pytest.approx([0.5 * ratio ** (12 - i)] * 2, rel=1e-6)
