@@ -1376,6 +1376,7 @@ DOZEN = {  # one of each file's most telling, and quick
     "conditioning_scale is ignored",
     "the loss regresses on the latents",
 }
+assert len(DOZEN & {mutant.words for mutant in MUTANTS}) == 12
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,7 +28,7 @@ def test_timestep_embedding_is_cosines_then_sines():
 
 
 def test_a_resnet_block_is_two_convolutions_with_the_time_in_between():
-    """x + conv(silu(normed(conv(silu(norm(x))) + time))), eps 1e-5; x through a 1x1 convolution where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x))) + time))), eps 1e-5; x through a 1x1 convolution where the width changes."""
     block = filled(ResBlock(4, 8, 6, groups=2))
     x, emb = 1e-2 * normal(2, 4, 3, 5), normal(2, 6)  # of variance 1e-4, so that eps counts
     h = block.in_layers[2](F.silu(normed(x, block.in_layers[0], 2, 1e-5)))

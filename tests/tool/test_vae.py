@@ -17,7 +17,7 @@ def small_vae() -> VAE:
 
 
 def test_a_resnet_block_of_the_autoencoder_is_two_convolutions():
-    """x + conv(silu(normed(conv(silu(norm(x)))))), eps 1e-6; x through a 1x1 convolution where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), eps 1e-6; x through a 1x1 convolution where the width changes."""
     block = filled(ResnetBlock(4, 8, groups=2))
     x = 1e-3 * normal(2, 4, 3, 5)
     h = block.conv1(F.silu(normed(x, block.norm1, 2, 1e-6)))
