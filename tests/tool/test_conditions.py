@@ -602,7 +602,7 @@ def test_hed_safe_has_three_grey_levels():
 
 
 def test_hed_without_weights_says_so():
-    """A filter replaces the network: it warns, is bright at a step, dark elsewhere, and darker on texture than on an outline."""
+    """The filter warns, is bright at a step, dark elsewhere, and darker on texture than on an outline."""
     image = np.full((64, 64, 3), 40, np.uint8)
     image[:, 32:] = 200
     with pytest.warns(UserWarning, match="hed without weights: a soft-edge filter replaces the network"):
