@@ -1,9 +1,9 @@
-"""Measure `conditions.canny` beside OpenCV's on photographs: agreement, seconds, memory; and the seconds of the others.
+"""Compare `conditions.canny` with OpenCV's on photographs: agreement, time, memory; and time the other conditions.
 
     python benchmarks/conditions.py
 
-The photographs are scikit-image's samples that come in its wheel, and are enlarged to be timed. Seconds are medians; the
-peak memory is that of a fresh process that does nothing else. Needs opencv-python-headless and scikit-image.
+The photographs are the samples in scikit-image's wheel, enlarged for timing. Times are medians; peak memory is measured in
+a fresh process that does nothing else. Needs opencv-python-headless and scikit-image.
 """
 
 import argparse
@@ -28,8 +28,8 @@ THRESHOLDS = ((100, 200), (50, 100), (1, 255), (30, 400), (150, 150))
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each, after one that does not count")
-    parser.add_argument("--size", type=int, default=1024, help="pixels a side of the picture that is timed")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each, after a warm-up run")
+    parser.add_argument("--size", type=int, default=1024, help="side of the timed images, pixels")
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
     return parser.parse_args()
 
@@ -45,12 +45,12 @@ def enlarged(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def peak() -> float:
-    """Return the most memory that this process has used, in MB."""
+    """Return the peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def seconds(function: Callable, repeats: int) -> float:
-    """Return the median time of a call, after one that does not count."""
+    """Return the median time of a call, after a warm-up call."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -73,9 +73,8 @@ def main() -> None:
         return
     import cv2
 
-    print(
-        f"{os.cpu_count()} cores\n\n| photograph | pixels | IoU with cv2.Canny, least of {len(THRESHOLDS)} | seconds | cv2 |"
-    )
+    print(f"{os.cpu_count()} cores\n")
+    print(f"| photograph | pixels | lowest IoU with cv2.Canny of {len(THRESHOLDS)} thresholds | seconds | cv2 |")
     print("| --- | --- | --- | --- | --- |")
     for name, image in pictures.items():
         unions = []

@@ -24,7 +24,7 @@ def line_pixels(lines: np.ndarray, height: int, width: int) -> tuple[np.ndarray,
     """
     lines = _clip(np.array(lines, dtype=np.int64).reshape(-1, 4), height, width)
     lines = np.where(lines[:, 2:3] < lines[:, :1], lines[:, [2, 3, 0, 1]], lines)
-    run = lines[:, 2:] - lines[:, :2]  # (M, 2): of those left, M lines
+    run = lines[:, 2:] - lines[:, :2]  # (M, 2): M lines are left
     steps = np.abs(run).max(1)
     which = np.repeat(np.arange(len(lines)), steps + 1)
     k = np.arange(len(which)) - np.repeat(np.cumsum(steps + 1) - steps - 1, steps + 1)

@@ -1,4 +1,4 @@
-"""HED, M-LSD and OpenPose's body network on paper: names and sizes, what maps mean, which files and pictures are refused.
+"""HED, M-LSD and OpenPose's body network by hand: names and sizes, what maps mean, which files and images are rejected.
 
 The comparison with controlnet_aux is in parity/test_controlnet_aux.py.
 """
@@ -68,7 +68,7 @@ def noise(height, width):
     ],
 )
 def test_names_and_sizes_are_the_published_ones(networks, kind, tensors, parameters, shapes):
-    """Of every file some names and shapes, and the numbers of tensors and parameters."""
+    """Some names and shapes in each file, and the numbers of tensors and parameters."""
     state = networks[kind].state_dict()
     assert len(state) == tensors
     assert sum(p.numel() for p in networks[kind].parameters()) == parameters
@@ -91,7 +91,7 @@ def test_load_reads_the_published_container(networks, tmp_path, dtype):
 
 
 class Payload:
-    """Leaves a file behind when it is unpickled by a reader that trusts."""
+    """Leaves a file behind when unpickled by a reader that trusts it."""
 
     def __init__(self, path):
         self.path = path
@@ -101,7 +101,7 @@ class Payload:
 
 
 def test_load_executes_no_pickle(tmp_path):
-    """A file that names a function is refused without calling it."""
+    """A file that names a function is rejected without calling it."""
     path, mark = tmp_path / HED.published, tmp_path / "mark"
     torch.save({"norm": torch.zeros(1, 3, 1, 1), "evil": Payload(mark)}, path)
     with pytest.raises(ValueError, match=r"ControlNetHED\.pth is no"):
@@ -141,7 +141,7 @@ def test_a_file_of_another_network_is_named(networks, tmp_path, change, words):
 
 
 def test_damaged_weights_are_named(tmp_path):
-    """NaN in a file is said at once, not seen in every hint."""
+    """NaN in a file is reported at once, not seen in every hint."""
     state = HED().state_dict()
     state["block3.projection.bias"].fill_(float("nan"))
     torch.save(state, tmp_path / "hed.pth")
@@ -183,7 +183,7 @@ def test_what_is_no_picture_is_refused(networks, kind, image, error, words):
 
 
 def test_a_picture_of_one_pixel_works_or_is_refused(networks):
-    """HED halves four times, so 16 pixels are the least; the others enlarge."""
+    """HED halves four times, so it needs 16 pixels; the others enlarge."""
     with pytest.raises(ValueError, match="image is 1x1 pixels, but HED needs at least 16x16: enlarge it first"):
         networks[HED](noise(1, 1))
     assert networks[HED](noise(16, 31)).shape == (16, 31)
@@ -196,7 +196,7 @@ def test_a_picture_of_one_pixel_works_or_is_refused(networks):
 
 @pytest.mark.filterwarnings("error")
 def test_a_read_only_picture_is_taken_as_it_is(networks):
-    """Pillow's arrays are: no warning, and the same edges as of a copy, also for a picture seen in a mirror."""
+    """As Pillow's arrays are: no warning, and the same edges as for a copy, even for a mirrored view."""
     image = noise(16, 20)
     image.flags.writeable = False
     edges = networks[HED](image)
@@ -212,7 +212,7 @@ def test_resize_takes_means_down_and_lanczos_up():
     up = resize(step, 128, 128)[..., 0]
     assert up.dtype == np.uint8
     assert (up[:, :60] < 40).all()
-    assert (up[:, 68:] > 215).all()  # it overshoots, and is cut at 0 and 255
+    assert (up[:, 68:] > 215).all()  # it overshoots, and is clipped at 0 and 255
     assert np.allclose(resize(np.full((3, 5, 3), 0.7), 17, 16), 0.7)
     assert resize(step, 16, 16) is step
 
@@ -233,7 +233,7 @@ def test_hed_is_the_sigmoid_of_the_mean_of_five_sides():
 
 
 def test_hed_subtracts_the_learned_colour_in_the_order_red_green_blue():
-    """A picture of exactly this colour is zero to the network, one of the colour reversed is not."""
+    """An image of exactly this colour is zero to the network; one with the channels reversed is not."""
     network = HED().eval()
     network.norm.data[:] = torch.tensor([10.0, 20.0, 30.0]).view(1, 3, 1, 1)
     zero = network.side_outputs(torch.tensor([10.0, 20.0, 30.0]).view(1, 3, 1, 1).expand(1, 3, 16, 16))
@@ -250,7 +250,7 @@ def test_hed_subtracts_the_learned_colour_in_the_order_red_green_blue():
 
 
 def line_maps(*lines):
-    """Maps (9, 16, 20) with a centre at (x, y) of a logit, and the ways to both ends, for each line."""
+    """Maps (9, 16, 20) with a centre at (x, y) of a logit, and the offsets to both ends, for each line."""
     maps = torch.zeros(9, 16, 20)
     maps[0] = -9
     for (x, y), logit, ends in lines:
@@ -260,7 +260,7 @@ def line_maps(*lines):
 
 
 def test_a_line_is_its_centre_plus_two_ways():
-    """In pixels of the picture, which is twice as large; strongest first."""
+    """In pixels of the image, which is twice as large; strongest first."""
     weak = ((4, 10), 1.0, [-2.0, 0.0, 2.0, 0.5])
     strong = ((15, 3), 2.0, [-5.0, -1.0, 4.0, 2.0])
     lines = find_lines(line_maps(weak, strong))
@@ -280,7 +280,7 @@ def test_a_line_is_its_centre_plus_two_ways():
     ],
 )
 def test_weak_short_and_neighbouring_lines_are_left_out(line, found):
-    """Probability and length must be above 0.1; of centres side by side the strongest counts, here one at (5, 3)."""
+    """Probability and length must be above 0.1; of adjacent centres the strongest is kept, here one at (5, 3)."""
     strongest = ((5, 3), 4.0, [-1.0, 0.0, 1.0, 0.0])
     assert len(find_lines(line_maps(strongest, line))) == 1 + found
 
@@ -346,7 +346,7 @@ def pose_maps(people, height=150, width=240, size=1.0):
 
 
 def test_two_people_are_put_together():
-    """Each gets their own 18 points, at the pixel, with the confidence of the maps."""
+    """Everyone gets their own 18 points, at the pixel, with the confidence of the maps."""
     other = STANDING + (100, 5)
     people = find_people(*pose_maps([STANDING, other]))
     assert people.shape == (2, 18, 3)
@@ -355,7 +355,7 @@ def test_two_people_are_put_together():
 
 
 def test_people_who_cross_keep_their_own_arms():
-    """The right wrists are swapped: each lies nearer to the other's elbow, but the field leads to one's own."""
+    """The right wrists are swapped: each lies nearer to the other's elbow, but the field leads to the right one."""
     first, second = STANDING.copy(), STANDING + (45, 0)
     first[4], second[4] = (78, 88), (47, 86)
     people = find_people(*pose_maps([first, second]))
@@ -434,7 +434,7 @@ def test_each_peak_is_paired_once_the_best_first():
 
 @pytest.mark.parametrize(("gap", "found"), [(1, 1), (2, 0)])
 def test_nine_of_ten_points_must_lie_on_the_limb(gap, found):
-    """Ten points from 20 to 110 are ten pixels apart; where the field is 0.05 or less, they do not count."""
+    """Ten points from 20 to 110 are ten pixels apart; where the field is 0.05 or less, they are not counted."""
     field = field_along_x()
     field[:, :, 55 : 55 + 10 * gap] = 0.05
     assert len(match(np.array([[20.0, 50, 1]]), np.array([[110.0, 50, 1]]), field)) == found
@@ -449,7 +449,7 @@ def test_limbs_longer_than_half_the_picture_cost(length, score):
 
 @pytest.mark.filterwarnings("error")
 def test_two_peaks_at_one_place_make_no_limb():
-    """A limb of no length has no direction: no division by zero."""
+    """A limb of zero length has no direction: no division by zero."""
     point = np.array([[20.0, 50, 1]])
     assert match(point, point, field_along_x()) == []
 
@@ -494,7 +494,7 @@ def test_bodypose_gives_people_in_pixels_of_the_picture(networks, monkeypatch):
     [person] = networks[BodyPose](np.full((400, 303, 3), (0, 64, 192), np.uint8))
     assert seen[0].shape == (1, 3, 184, 144)
     assert seen[0][0, :, 0, 138].tolist() == [0.25, -0.25, -0.5]
-    assert (seen[0][..., 139:] == 0).all()  # 303 * 0.46 = 139.38, rounded down
+    assert (seen[0][..., 139:] == 0).all()  # 303 * 0.46 = 139.38, truncated
     assert np.abs(person[:, :2] - truth).max() <= 2
     assert (person[:, 2] > 0.8).all()
 

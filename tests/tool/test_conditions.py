@@ -1,4 +1,4 @@
-"""From what a person has to hints: each condition against its rules on paper and against OpenCV; the command."""
+"""From files to hints: each condition against its rules, worked out by hand, and against OpenCV; the command."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def edges(image, *args):
 
 
 def test_canny_is_white_on_black_in_three_channels():
-    """(H, W, 3) uint8, each pixel (0, 0, 0) or (255, 255, 255): the form in which the released weights want it."""
+    """(H, W, 3) uint8, each pixel (0, 0, 0) or (255, 255, 255): the form that the released weights expect."""
     found = canny(toy.scene(0, "test").image)
     assert (found.shape, found.dtype) == ((128, 128, 3), np.uint8)
     assert set(np.unique(found)) == {0, 255}
@@ -50,7 +50,7 @@ def test_a_flat_picture_has_no_edges():
 def test_a_step_edge_is_one_line(turned):
     """A step of 60 gives |dx| = 4 * 60 = 240 in the two columns beside it; of equals the first stays.
 
-    So exactly column 3 is white, from border to border (and row 3, for the picture turned).
+    So exactly column 3 is white, from border to border (and row 3, for the image transposed).
     """
     image = step(60)
     want = np.zeros(image.shape, bool)
@@ -61,7 +61,7 @@ def test_a_step_edge_is_one_line(turned):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_diagonal_step_is_a_diagonal_line(sign):
-    """A step at 45 degrees over three pixels (20, 60, 100) leaves exactly its middle diagonal.
+    """A step at 45 degrees over three pixels (20, 60, 100) leaves exactly its central diagonal.
 
     |dx| + |dy| is 480 on it, 320 on the diagonals beside it, 80 on the next, else 0. Along the gradient the neighbours
     are two diagonals away: 480 is larger than 80, but the 320 on either side are equal, and only the larger stays.
@@ -126,7 +126,7 @@ def test_grey_is_read_like_rgb_of_equal_channels():
 
 @pytest.mark.parametrize("channel", range(3))
 def test_the_channel_of_the_strongest_gradient_counts(channel):
-    """A step in one channel alone is found as in a grey picture, where a grey conversion would weaken it."""
+    """A step in one channel alone is found as in a grey picture, where converting to grey would weaken it."""
     image = np.full((10, 12, 3), 20, np.uint8)
     image[..., channel] = step(60)
     assert np.array_equal(canny(image), canny(step(60)))
@@ -188,7 +188,7 @@ def test_canny_is_opencvs_on_photographs(photographs, cv2, low_high):
 
 
 def test_canny_needs_little_memory():
-    """On 1024x1024 pixels of noise, less than 100 MB beside what Python and PyTorch take (250 MB)."""
+    """On 1024x1024 pixels of noise, less than 100 MB on top of what Python and PyTorch need (250 MB)."""
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
     tracemalloc.start()
     try:
@@ -224,7 +224,7 @@ def test_alpha_is_composited_over_white(tmp_path):
 
 
 def test_sixteen_bits_are_divided_by_257(tmp_path):
-    """65535 / 257 = 255: the whole range maps to the whole range, rounded, and not cut off at 255."""
+    """65535 / 257 = 255: the whole range maps to the whole range, rounded, not clipped at 255."""
     values = np.array([[0, 128, 129, 257, 25_700, 65_535]], np.uint16)
     image = Image.fromarray(values)
     assert image.mode == "I;16"
@@ -254,7 +254,7 @@ def test_palettes_and_their_transparent_colour(tmp_path):
     ],
 )
 def test_pictures_are_turned_by_their_exif_tag(tmp_path, tag, want):
-    """A camera held sideways writes a tag: 6 means that the picture is to be turned a quarter clockwise."""
+    """A camera held sideways writes a tag: 6 means that the image must be rotated by 90 degrees clockwise."""
     image = Image.fromarray(np.array([[1, 2, 3], [4, 5, 6]], np.uint8))
     exif = Image.Exif()
     exif[0x0112] = tag
@@ -270,14 +270,14 @@ def test_floating_point_pictures_are_refused(tmp_path):
 
 
 def test_floating_point_files_are_refused_by_name(tmp_path):
-    """load_image names the file that it cannot read, also where the reason is its mode."""
+    """load_image names the file that it cannot read, even if the reason is its mode."""
     path = saved(tmp_path, Image.fromarray(np.zeros((2, 2), np.float32)), "float.tiff")
     with pytest.raises(ValueError, match=r"float\.tiff"):
         load_image(path)
 
 
 def test_files_that_are_no_pictures_are_refused_by_name(tmp_path):
-    """Missing, a folder, empty, text, cut off: each error names the file, and none is a traceback of Pillow's."""
+    """Missing, a folder, empty, text, truncated: each error names the file, and none is Pillow's own."""
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png does not exist or is not a file: name an image"):
         load_image(tmp_path / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
@@ -309,7 +309,7 @@ def test_hint_tensor_of_pictures_is_divided_by_255():
 
 
 def test_hint_tensor_takes_grey_and_alpha():
-    """(H, W), (H, W, 1) and mode L are grey, (H, W, 4) and RGBA lie over white."""
+    """(H, W), (H, W, 1) and mode L are grey, (H, W, 4) and RGBA are composited over white."""
     grey = np.array([[0, 51]], np.uint8)
     for hint in (grey, grey[..., None], Image.fromarray(grey)):
         assert torch.equal(hint_tensor(hint), torch.tensor([[0.0, 51 / 255]]).expand(1, 3, 1, 2))
@@ -359,7 +359,7 @@ BAD_HINTS = {
 
 @pytest.mark.parametrize("case", BAD_HINTS)
 def test_hint_tensor_refuses_in_words(case):
-    """What came and what is taken stand in the error."""
+    """The error states what came and what was expected."""
     hint, error, words = BAD_HINTS[case]
     with pytest.raises(error, match=words):
         hint_tensor(hint)
@@ -435,7 +435,7 @@ def test_resample_is_opencvs(cv2, kind, size):
 
 
 def test_lines_are_opencvs(cv2):
-    """2,000 lines, half of them leave the canvas: cv2.line's, pixel for pixel; coordinates are cut, not rounded."""
+    """2,000 lines, half of them leaving the canvas: cv2.line's, pixel for pixel; coordinates are truncated, not rounded."""
     rng = np.random.default_rng(3)
     for i in range(2000):
         spread = 0 if i % 2 else 100
@@ -499,7 +499,7 @@ def test_hough_finds_the_sides_of_a_square_and_no_circle():
 
 
 def test_lines_are_found_where_they_were_drawn():
-    """A slanted segment, with a hole of 3 pixels, comes back as one with its ends within 2 pixels; with gap=1, as two."""
+    """A slanted segment with a gap of 3 pixels comes back as one with its ends within 2 pixels; with gap=1, as two."""
     edge = conditions.draw_lines(np.array([[10, 20, 90, 60]]), 80, 100)[..., 0] > 0
     edge[:, 50:53] = False
     [found] = conditions.find_lines(edge, shortest=20)
@@ -511,14 +511,14 @@ def test_lines_are_found_where_they_were_drawn():
 
 
 def test_texture_forms_no_lines():
-    """Noise has edges everywhere, but in all directions: few form lines of 20 pixels."""
+    """Noise has edges everywhere, but in all directions: few of them form lines of 20 pixels."""
     noise = np.random.default_rng(5).integers(0, 256, (128, 128), dtype=np.uint8)
     assert edges(noise).mean() > 0.2
     assert (conditions.hough(noise, shortest=20) > 0).mean() < 0.03
 
 
 def test_no_line_is_a_black_hint():
-    """As the official code, which leaves the map black if nothing was found."""
+    """As in the official code, which leaves the map black if nothing was found."""
     assert not conditions.draw_lines(np.zeros((0, 4)), 8, 8).any()
     assert not conditions.draw_lines([], 8, 8).any()
 
@@ -540,7 +540,7 @@ def test_draw_lines_refuses(lines, words):
 
 
 def test_a_scribble_is_white_where_the_drawing_is_dark():
-    """White where min(R, G, B) < 127: 126 is a stroke, 127 is none, and pure red is one."""
+    """White where min(R, G, B) < 127: 126 is a stroke, 127 is not, and pure red is."""
     drawn = np.full((1, 4, 3), 255, np.uint8)
     drawn[0, 0], drawn[0, 1], drawn[0, 2] = 126, 127, (255, 0, 0)
     assert np.array_equal(conditions.scribble(drawn)[..., 0], [[255, 0, 255, 0]])
@@ -549,7 +549,7 @@ def test_a_scribble_is_white_where_the_drawing_is_dark():
 
 
 def test_fake_scribbles_are_opencvs(photographs, cv2):
-    """Against the same steps with cv2.GaussianBlur and cv2.dilate, IoU at least 0.99 (its 8-bit blur rounds otherwise)."""
+    """Against the same steps with cv2.GaussianBlur and cv2.dilate, IoU at least 0.99 (its 8-bit blur rounds differently)."""
 
     def official(soft):
         blurred = cv2.GaussianBlur(soft.astype(np.float32), (0, 0), 3.0)
@@ -568,7 +568,7 @@ def test_fake_scribbles_are_opencvs(photographs, cv2):
 
 
 def test_fake_scribbles_take_soft_edges_or_their_hint():
-    """(H, W) float in [0, 1], (H, W) uint8 and the hint of three channels are the same; other values are refused."""
+    """(H, W) float in [0, 1], (H, W) uint8 and the hint of three channels are equivalent; other values are rejected."""
     soft = np.zeros((40, 40), np.float32)
     soft[:, 17:23] = 0.9
     want = conditions.fake_scribble(soft)
@@ -583,7 +583,7 @@ def test_fake_scribbles_take_soft_edges_or_their_hint():
 
 
 def test_hed_paints_what_the_network_finds():
-    """Soft edges times 255, cut to whole grey levels; the network sees an RGB array, also of a grey picture."""
+    """Soft edges times 255, truncated; the network sees an RGB array, even for a grey image."""
     seen = []
 
     def network(image):
@@ -602,7 +602,7 @@ def test_hed_safe_has_three_grey_levels():
 
 
 def test_hed_without_weights_says_so():
-    """A filter stands in: it warns, is bright at a step, dark elsewhere, and darker on texture than on an outline."""
+    """The filter warns, is bright at a step, dark elsewhere, and darker on texture than on an outline."""
     image = np.full((64, 64, 3), 40, np.uint8)
     image[:, 32:] = 200
     with pytest.warns(UserWarning, match="hed without weights: a soft-edge filter replaces the network"):
@@ -617,7 +617,7 @@ def test_hed_without_weights_says_so():
 
 
 def test_lineart_draws_dark_lines_white():
-    """A dark line of 2 pixels on white is white on black; a light line on dark is not, but for its dark sides."""
+    """A dark line of 2 pixels on white is white on black; a light line on dark is not, except for its dark sides."""
     image = np.full((40, 40, 3), 250, np.uint8)
     image[:, 20:22] = 10
     hint = conditions.lineart(image)
@@ -696,7 +696,7 @@ def test_one_limb_on_paper():
 
 
 def test_points_of_low_confidence_are_left_out():
-    """0.1 and below is no point, as in the official code: neither dot nor limb."""
+    """A confidence of 0.1 or less means no point, as in the official code: neither dot nor limb."""
     people = np.zeros((1, 18, 3))
     people[0, 0], people[0, 1] = (20, 10, 0.1), (20, 40, 0.11)
     hint = conditions.openpose(people, 50, 40)
@@ -723,7 +723,7 @@ def test_openpifpaf_draws_its_skeleton():
 
 @pytest.mark.parametrize(("draw", "points"), [(conditions.openpose, 18), (conditions.openpifpaf, 17)])
 def test_poses_refuse_what_is_no_pose(draw, points):
-    """Another number of points, points that are no numbers or far away: named with person, point and value."""
+    """A wrong number of points, points that are NaN or far away: named with person, point and value."""
     with pytest.raises(ValueError, match=rf"shape \(2, 25, 3\), but must be \(P, {points}, 3\): x, y, confidence"):
         draw(np.zeros((2, 25, 3)), 8, 8)
     people = np.zeros((2, points, 3))
@@ -753,7 +753,7 @@ def flat(points):
 
 
 def test_openpose_files_of_18_and_25_points(tmp_path):
-    """COCO-18 comes back as it is; BODY_25 loses point 8, the middle of the hips, and 19 to 24, the feet."""
+    """COCO-18 comes back as it is; BODY_25 loses point 8, the mid-hip, and 19 to 24, the feet."""
     points = np.arange(1, 76).reshape(25, 3) * 2.0
     path = written(tmp_path, {"version": 1.3, "people": [{"pose_keypoints_2d": flat(points)}]})
     people, size = conditions.read_openpose(path)
@@ -764,7 +764,7 @@ def test_openpose_files_of_18_and_25_points(tmp_path):
 
 
 def test_openpose_files_of_shares(tmp_path):
-    """Coordinates from 0 to 1 are multiplied by the canvas that the file tells; without one they are refused."""
+    """Coordinates in [0, 1] are multiplied by the canvas size that the file states; without one they are rejected."""
     points = np.full((18, 3), 0.5)
     content = {"people": [{"pose_keypoints_2d": flat(points)}], "canvas_width": 640, "canvas_height": 480}
     for form in (content, [content]):
@@ -863,11 +863,11 @@ def test_all_colours_of_the_palettes():
     assert ade["road"] == ade["skyscraper"] == [140, 140, 140]
     assert len(set(map(tuple, ade.values()))) == 149
     assert [0, 0, 0] not in ade.values()
-    assert palettes.ADE20K_COLOURS.sum() == 58427  # a checksum: any slip of a digit shows
+    assert palettes.ADE20K_COLOURS.sum() == 58427  # a checksum, for wrong digits
 
 
 def test_coco_stuffs_colours_are_those_of_the_panoptic_task():
-    """Classes that the panoptic task joins share its colour, the others have their own; person is (220, 20, 60)."""
+    """Classes that the panoptic task merges share its colour, the others have their own; person is (220, 20, 60)."""
     coco = dict(zip(palettes.COCO_STUFF_NAMES, palettes.COCO_STUFF_COLOURS.tolist(), strict=True))
     assert (palettes.COCO_STUFF_NAMES[0], palettes.COCO_STUFF_NAMES[91], palettes.COCO_STUFF_NAMES[181]) == (
         "person",
@@ -915,7 +915,7 @@ def test_labels_out_of_range_are_named():
 
 
 def test_label_maps_are_read_as_numbers(tmp_path):
-    """Grey pictures of 8 and 16 bits and the indices, not the colours, of palette pictures; others are refused."""
+    """Grey pictures of 8 and 16 bits and the indices, not the colours, of palette images; others are rejected."""
     labels = np.array([[0, 7, 149]])
     image = Image.fromarray(labels.astype(np.uint8))
     assert np.array_equal(conditions.read_labels(saved(tmp_path, image)), labels)
@@ -935,7 +935,7 @@ FACING, LEFT, RIGHT, UP = (0.0, 0, 1), (-1.0, 0, 0), (1.0, 0, 0), (0.0, 1, 0)
 
 
 def test_normals_of_v11_are_blue_in_front_red_left_green_on_top():
-    """(n + 1) / 2 of (left, up, front) in R, G, B, cut to whole levels: 0 becomes 127."""
+    """(n + 1) / 2 of (left, up, front) in R, G, B, truncated: 0 becomes 127."""
     hint = conditions.normal(np.array([[FACING, LEFT, RIGHT, UP]]))
     assert hint.tolist() == [[[127, 127, 255], [255, 127, 127], [0, 127, 127], [127, 255, 127]]]
 
@@ -947,7 +947,7 @@ def test_normals_of_v10_have_their_channels_reversed():
 
 
 def test_normals_must_be_of_unit_length():
-    """A tenth off is the limit; NaN, integers and other shapes are refused."""
+    """A tenth off is the limit; NaN, integers and other shapes are rejected."""
     conditions.normal(np.array([[FACING]]) * 1.09)
     for factor in (1.11, 0.89, np.nan):
         with pytest.raises(ValueError, match=r"not of unit length in 50.0% of the pixels, e.g. .*: divide them by their"):
@@ -958,7 +958,7 @@ def test_normals_must_be_of_unit_length():
 
 
 def test_normals_from_depth_are_v10s(cv2):
-    """Against the app's formula with cv2.Sobel: equal but for a few pixels at the limit of the background."""
+    """Against the app's formula with cv2.Sobel: equal except for a few pixels at the threshold of the background."""
     smooth = cv2.GaussianBlur(np.random.default_rng(9).uniform(0, 255, (60, 80)).astype(np.float32), (0, 0), 4) * 8
     x, y = cv2.Sobel(smooth, cv2.CV_32F, 1, 0, ksize=3), cv2.Sobel(smooth, cv2.CV_32F, 0, 1, ksize=3)
     far = (smooth - smooth.min()) / np.ptp(smooth) < 0.4
@@ -973,7 +973,7 @@ def test_normals_from_depth_are_v10s(cv2):
 
 
 def test_normals_from_depth_turn_away_from_what_is_further():
-    """Nearer to the right is turned left (v1.1: red), nearer at the bottom up (green); the background faces the viewer."""
+    """Nearer to the right faces left (v1.1: red), nearer at the bottom faces up (green); the background faces the viewer."""
     y, x = np.mgrid[:20, :20] * 10.0
     right, bottom = (conditions.normal_from_depth(d, version="v1.1") for d in (x, y))
     assert right[10, 15, 0] > 240
@@ -999,7 +999,7 @@ def test_normal_maps_are_read_in_their_axes(tmp_path, axes):
 
 
 def test_normal_maps_with_holes_and_smoothed_borders(tmp_path):
-    """Vectors of length 0 face the viewer, a few short ones are stretched; many of them are refused, and so is a photo."""
+    """Vectors of length 0 face the viewer, a few short ones are normalised; many of them are rejected, and so is a photo."""
     normals = np.tile(np.array(UP), (10, 10, 1))
     normals[0, 0], normals[1, :4] = 0, (0, 0.5, 0)
     np.save(tmp_path / "map.npy", normals)
@@ -1026,7 +1026,7 @@ def test_normal_maps_with_holes_and_smoothed_borders(tmp_path):
 
 
 def test_depth_is_stretched_near_is_white():
-    """(d - min) / (max - min) * 255, cut: 0.5 becomes 127; all equal is black; NaN is refused."""
+    """(d - min) / (max - min) * 255, truncated: 0.5 becomes 127; a constant map is black; NaN is rejected."""
     assert conditions.depth(np.array([[3.0, 4.0, 5.0]]))[..., 0].tolist() == [[0, 127, 255]]
     assert not conditions.depth(np.full((2, 2), 7.0)).any()
     assert conditions.depth(np.array([[0, 200]], np.uint8))[..., 2].tolist() == [[0, 255]]
@@ -1037,7 +1037,7 @@ def test_depth_is_stretched_near_is_white():
 
 
 def test_depth_maps_are_read_in_full_depth(tmp_path):
-    """16 bits become 0 to 255 with fractions, 8 bits and floats are as they are; colours are refused."""
+    """16 bits become 0 to 255 with fractions, 8 bits and floats are unchanged; colours are rejected."""
     fine = Image.fromarray(np.array([[0, 1, 257, 65535]], np.uint16))
     assert np.allclose(conditions.read_depth(saved(tmp_path, fine)), [[0, 1 / 257, 1, 255]])
     grey = Image.fromarray(np.array([[0, 9]], np.uint8))
@@ -1059,7 +1059,7 @@ def pose_hint(version="v1.1"):
 
 
 def test_doubts_about_good_hints():
-    """No doubt about what the functions make from a scene, in either version."""
+    """What the functions make from a scene raises no doubt, in either version."""
     scene = toy.scene(3, "test")
     labels = np.where(scene.labels == 0, 2, 12)
     hints = {
@@ -1077,7 +1077,7 @@ def test_doubts_about_good_hints():
         assert conditions.doubts(name, hint) == [], name
     assert conditions.doubts("openpose", pose_hint("v1.0")) == []
     alone = np.zeros((1, 18, 3))
-    alone[0, 0] = (20, 20, 1)  # a point without a limb tells nothing about the order of colours
+    alone[0, 0] = (20, 20, 1)  # a point without a limb says nothing about the channel order
     assert conditions.doubts("openpose", conditions.openpose(alone, 64, 64)) == []
     assert conditions.doubts("normal", conditions.normal(scene.normals, "v1.0"), "v1.0") == []
 
@@ -1109,7 +1109,7 @@ def test_doubts_about_wrong_hints():
 
 
 def test_a_jpeg_of_a_bgr_pose_is_found_too(tmp_path):
-    """Colours a little off, as JPEG makes them, do not hide the order of the channels."""
+    """Slightly wrong colours, as in a JPEG, do not hide the order of the channels."""
     for hint, count in ((pose_hint(), 0), (pose_hint()[..., ::-1], 1)):
         path = saved(tmp_path, Image.fromarray(hint.copy()), "pose.jpg", quality=80)
         assert len(conditions.doubts("openpose", np.asarray(load_image(path)))) == count
@@ -1199,7 +1199,7 @@ def test_the_command_makes_every_hint(inputs, capsys, name):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_the_command_resizes_by_the_official_rule(inputs, name):
-    """64x96 at resolution 128 is 128x192: pictures before they are looked at, poses by their points, maps afterwards."""
+    """64x96 at resolution 128 is 128x192: images are resized before detection, poses by their points, maps afterwards."""
     file, *options = INPUTS[name]
     run(name, inputs / file, inputs / "hint.png", *options, "--resolution", "128")
     hint = np.asarray(Image.open(inputs / "hint.png"))
@@ -1216,7 +1216,7 @@ def test_the_command_resizes_by_the_official_rule(inputs, name):
 
 
 def test_label_colours_mix_in_v11_alone(inputs):
-    """v1.0 resized segmentations by nearest neighbours: no new colours. v1.1 is linear, which mixes them at borders."""
+    """v1.0 resized segmentations by nearest neighbour: no new colours. v1.1 is linear, which mixes them at borders."""
     known = {tuple(c) for c in palettes.ADE20K_COLOURS.tolist()}
     for version, mixed in (("v1.0", False), ("v1.1", True)):
         run("ade20k", inputs / "labels.png", inputs / "hint.png", "--resolution", "128", "--version", version)
@@ -1251,7 +1251,7 @@ def test_other_ways_to_a_hint(inputs):
 
 
 def test_networks_are_used_where_weights_are_named(inputs, monkeypatch):
-    """--weights loads HED, MLSD or BodyPose from that file, and what they see is the picture at --detect-resolution."""
+    """--weights loads HED, MLSD or BodyPose from that file, and the network sees the image at --detect-resolution."""
     from minicn.conditions import networks  # torch modules, needed here alone
 
     seen = []
@@ -1279,7 +1279,7 @@ def test_networks_are_used_where_weights_are_named(inputs, monkeypatch):
 
 
 def test_the_command_notes_what_looks_wrong(inputs, capsys):
-    """An inverted drawing, a black map, and with --ready another tool's BGR pose: made all the same, with one note."""
+    """An inverted drawing, a black map, and with --ready another tool's BGR pose: made anyway, with one note."""
     Image.fromarray(255 - np.asarray(Image.open(inputs / "drawing.png"))).save(inputs / "inverted.png")
     Image.new("L", (64, 64)).save(inputs / "flat.png")
     Image.fromarray(pose_hint()[..., ::-1].copy()).save(inputs / "bgr.png")
@@ -1342,7 +1342,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_one_line(inputs, refused, monkeypatch, case):
-    """What cannot become a hint: status 2, one line that names the file and says what to do, and no hint is written."""
+    """Bad input: exit status 2, one line that names the file and says what to do, and no hint is written."""
     Image.new("L", (1, 1)).save(inputs / "tiny.png")
     Image.new("RGB", (1, 1), (128, 128, 255)).save(inputs / "blue.png")
     Image.new("L", (8, 9000)).save(inputs / "long.png")
@@ -1366,7 +1366,7 @@ def test_bad_input_is_one_line(inputs, refused, monkeypatch, case):
 
 
 def test_make_lists_the_eleven():
-    """Also from Python an unknown condition is answered with all names."""
+    """From Python, too, an error about an unknown condition lists all names."""
     with pytest.raises(ValueError, match=f"condition is 'smell', but must be one of: {', '.join(conditions.NAMES)}"):
         making.make("smell", Path("x.png"))
 

@@ -40,19 +40,14 @@ class InvertedResidual(nn.Module):
 class Backbone(nn.Module):
     """MobileNetV2 for four channels, down to 1/16 of the image; returns the features of five of its blocks."""
 
+    BLOCKS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1))  # expand, channels, count, stride
     KEPT = (1, 3, 6, 10, 13)  # the last block of each width
 
     def __init__(self):
         super().__init__()
         blocks = [ConvNorm(4, 32, 3, 2)]
         channels_in = 32
-        for expand, channels, count, stride in (
-            (1, 16, 1, 1),
-            (6, 24, 2, 2),
-            (6, 32, 3, 2),
-            (6, 64, 4, 2),
-            (6, 96, 3, 1),
-        ):
+        for expand, channels, count, stride in self.BLOCKS:
             for i in range(count):
                 blocks.append(InvertedResidual(channels_in, channels, stride if i == 0 else 1, expand))
                 channels_in = channels
