@@ -5,6 +5,7 @@ PyTorch does it; here are the few things that a training asks of it. torchrun st
 
 import contextlib
 import copy
+import dataclasses
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minicn import training
+from minicn import fast, training
 from minicn.controlnet import ControlNet
 from minicn.training import Batch, Recipe
 from minicn.unet import UNet
@@ -47,6 +48,9 @@ class Joint(nn.Module):
         self.unet, self.net = unet, net
 
     def forward(self, batch: Batch, alphas_cumprod: Tensor) -> Tensor:
+        layout = fast.layout(batch.latents.device)  # shards are contiguous, so the faster layout must come from the inputs
+        made = {name: getattr(batch, name).contiguous(memory_format=layout) for name in ("latents", "hints")}
+        batch = dataclasses.replace(batch, **made)
         return training.controlnet_loss(self.unet, self.net, batch, alphas_cumprod)
 
 
