@@ -22,7 +22,7 @@ class HintsOnDisk:
         self.pairs, self.size = pairs, size
 
     def __getitem__(self, samples: Tensor) -> Tensor:
-        """Return the hints (B, 3, H, W) uint8 of some samples."""
+        """Return the hints of some samples, as a tensor of them would."""
         return stack([data.load_pair(self.pairs[i], self.size)[0] for i in samples.tolist()])
 
 

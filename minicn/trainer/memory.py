@@ -64,7 +64,8 @@ def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, dev
     """Return a part of a batch of noise: what one process takes at once."""
     n, side, width = recipe.batch_size // (world * recipe.accumulate), size // 8, net.cfg.unet.context_dim
     latents = torch.randn(n, net.cfg.unet.in_channels, side, side, device=device)
-    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=fast.layout(device))
+    hints = torch.rand(n, 3, size, size, device=device)
+    latents, hints = (each.contiguous(memory_format=fast.layout(device)) for each in (latents, hints))
     t = torch.zeros(n, dtype=torch.long, device=device)
     return training.Batch(t, latents, torch.randn_like(latents), hints, t, torch.randn(n, 77, width, device=device))
 
