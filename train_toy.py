@@ -15,47 +15,97 @@ import minicn.threads  # noqa: F401  (before torch, see there)
 # isort: split
 import torch
 
-from minicn import ControlNet, StableDiffusion, conditions, toy, training
-from minicn.commands import cli
+from minicn import StableDiffusion, conditions, fast, toy, training
+from minicn.commands import cli, runs
 from minicn.toy import measures
-from minicn.trainer import recording
+from minicn.trainer import distributed, examples, recording
+from minicn.trainer.progress import Progress
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
 EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: most conditions begin to follow there
 
 
+def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
+    recipe = runs.recipe_of(args)
+    scenes = min(args.scenes, args.steps * args.batch_size)
+    settings = {"condition": args.condition, "pictures": args.pictures, "scenes": scenes, "model": str(args.model)}
+    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
+
+    # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
+    sd = StableDiffusion.load(args.model, device=device)
+    run.prepare(args.resume)
+    data = examples.from_scenes(sd, toy.scenes(scenes, "train", args.condition), args.condition)
+    validation = held_out(sd, args) if args.pictures else None
+
+    # 2. The trainable copy of its encoder, joined to it by zero convolutions; or one that was trained before.
+    net = runs.controlnet(args.controlnet, sd, args.seed, hint_channels=HINT_CHANNELS)
+    sd.prepare()
+    fast.prepare(net.train())
+    optimizer = torch.optim.AdamW(training.apply_regime(sd.unet, net, recipe), weight_decay=0.01, fused=True)
+
+    # 3. Predict the noise; let the gradient through the locked decoder into the copy; repeat.
+    when = {"score_every": args.score_every, "score_after": EARLY, "checkpoint_every": args.checkpoint_every}
+    pace, abar = cli.pace(args.threads, sd.unet, net), sd.alphas_cumprod.to(device)
+    with Progress(run, sd, net, optimizer, recipe, validation, **when) as progress:
+        if args.resume:
+            progress.resume()
+        for step in progress.steps():
+            with pace:
+                batch = data.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, device)
+                loss = training.controlnet_loss(sd.unet, net, batch, abar).mean()  # eq. (10)
+                loss.backward()
+            progress.note(loss, batch.samples.tolist())  # stops at a loss of NaN, before it reaches the weights
+            training.set_learning_rates(optimizer, recipe, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            if progress.looking:
+                progress.validate()  # log.csv, sheet.png
+            if progress.saving:
+                progress.save()  # checkpoint.pt
+        progress.finish()  # controlnet.safetensors, diffusers/
+
+
+def held_out(sd: StableDiffusion, args: argparse.Namespace) -> recording.Validation:
+    """Return what draws scenes that no training sees, and scores how well they follow."""
+    scenes = list(toy.scenes(args.pictures, "test", args.condition))
+    pictures, hints = [scene.image for scene in scenes], [scene.hint(args.condition) for scene in scenes]
+    captions, measure = [scene.caption for scene in scenes], measures.measure(args.condition)
+    return recording.Validation(sd, pictures, hints, captions, args.guidance_scale, measure=measure, wanted=scenes)
+
+
+def train_base(args: argparse.Namespace, device: torch.device) -> None:
+    from minicn.trainer import pretraining
+
+    started = time.time()
+    pretraining.train_base(
+        args.output,
+        args.model,
+        args.scenes,
+        args.vae_steps,
+        args.steps,
+        args.batch_size,
+        args.lr,
+        args.seed,
+        device,
+        args.checkpoint_every,
+        args.resume,
+    )
+    print(f"The toy base is in {args.output}, after {(time.time() - started) / 60:.1f} minutes")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(description=__doc__.split("\n")[0])
     add, count = parser.add_argument, cli.whole(1)
-    add("--steps", type=count, default=10000, help="optimiser steps, 1 and up")
-    add("--batch-size", type=count, default=None, help="samples a step, 1 and up (default: 4, with --base 32)")
-    add(
-        "--lr",
-        type=cli.number(0, 1),
-        default=None,
-        help="learning rate of AdamW, 0 to 1 (default: 3e-4, with --base 1e-3)",
-    )
-    add("--seed", type=cli.whole(0), default=0, help="of the start, the data order and the noise, 0 and up")
     add("--condition", choices=conditions.NAMES, default="canny", help="what the hints show")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    cli.add_threads(add)
     add("--output", type=Path, default=None, help="folder for weights, log and sheets (default: runs/CONDITION)")
-    add(
-        "--model",
-        default=None,
-        help='the locked model: "toy" (default) or a folder made by --base; with --base: go on from it',
-    )
+    model = 'the locked model: "toy" (default) or a folder made by --base; with --base: continue from it'
+    add("--model", default=None, help=model)
+    names = "steps batch_size lr seed drop_prompt connect unlock unlock_lr"
+    depends = {"batch_size": "4, with --base 32", "lr": "3e-4, with --base 1e-3"}
+    runs.add_recipe(add, names, steps=10000, unlock_lr=1e-4, **depends)
     add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
-    add("--drop-prompt", type=cli.number(0, 1), default=0.5, help="share of prompts replaced by the empty one")
-    add("--connect", choices=("all", "middle"), default="all", help="middle: the paper's small-scale regime")
-    add("--controlnet", default=None, help="go on from this ControlNet, e.g. one trained with --connect middle")
-    add("--unlock", choices=("none", "decoder", "all"), default="none", help="part of Stable Diffusion that learns, too")
-    add("--unlock-lr", type=cli.number(0, 1), default=1e-4, help="learning rate of what is unlocked, 0 to 1")
-    add("--guidance-scale", type=cli.number(0, 100), default=3.0, help="of the pictures drawn on the way")
-    add("--pictures", type=count, default=16, help="held-out scenes that are drawn and scored on the way")
-    add("--score-every", type=count, default=250, help="steps between pictures drawn, scored and logged")
-    add("--checkpoint-every", type=count, default=1000, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from the checkpoint in --output")
+    pictures = "held-out scenes that are drawn and scored on the way; 0: none"
+    runs.add_run(add, pictures=16, pictures_help=pictures, guidance_scale=3.0)
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
     args = parser.parse_args(argv)
@@ -67,80 +117,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
-    names = ("steps", "batch_size", "lr", "seed", "drop_prompt", "connect", "unlock", "unlock_lr")
-    recipe = training.Recipe(**{name: getattr(args, name) for name in names})
-    count = min(args.scenes, args.steps * args.batch_size)
-    settings = {"condition": args.condition, "pictures": args.pictures, "scenes": count, "model": str(args.model)}
-    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
-
-    # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
-    sd = StableDiffusion.load(args.model, device=device)
-    if training.process()[0] == 0:
-        run.prepare(args.resume)
-    examples = training.Examples.from_scenes(sd, toy.scenes(count, "train", args.condition), args.condition)
-    held_out = list(toy.scenes(args.pictures, "test", args.condition))
-    validation = recording.Validation(
-        sd,
-        [scene.image for scene in held_out],
-        [scene.hint(args.condition) for scene in held_out],
-        [scene.caption for scene in held_out],
-        args.guidance_scale,
-        measure=measures.measure(args.condition),
-        wanted=held_out,
-    )
-
-    # 2. The trainable copy of its encoder, joined to it by zero convolutions; or one that was trained before.
-    if args.controlnet is None:
-        net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
-    else:
-        net = ControlNet.load(args.controlnet, unet=sd.unet, device=device)
-
-    # 3. Predict the noise; let the gradient through the locked decoder into the copy; repeat.
-    training.train(
-        sd,
-        net,
-        examples,
-        validation,
-        run,
-        recipe,
-        score_every=args.score_every,
-        score_after=EARLY,
-        checkpoint_every=args.checkpoint_every,
-        resume=args.resume,
-        pace=cli.pace(args.threads, sd.unet, net),
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    started = time.time()
     cli.keep_freed_memory()
     with cli.polite_errors(args.output):
-        training.process()
-        device = cli.device(args.device)
-        cli.check_folder(args.output)
+        alone = distributed.init_distributed()[1] == 1
+        device = runs.begin(args)
         torch.manual_seed(args.seed)
-        torch.set_flush_denormal(True)  # Numerics: gradients below 1e-38 are zero, or CPUs compute them many times slower
         if args.base:
-            from minicn.trainer import pretraining
-
-            pretraining.train_base(
-                args.output,
-                args.model,
-                args.scenes,
-                args.vae_steps,
-                args.steps,
-                args.batch_size,
-                args.lr,
-                args.seed,
-                device,
-                args.checkpoint_every,
-                args.resume,
-            )
-            print(f"The toy base is in {args.output}, after {(time.time() - started) / 60:.1f} minutes")
-        else:
+            train_base(args, device)
+        elif alone:
             train_controlnet(args, device)
+        else:
+            raise ValueError("train_toy.py trains a ControlNet in one process: several run `minicn train`, or --base here")
     return 0
 
 

@@ -39,7 +39,7 @@ def child(steps: int, fixed: bool) -> None:
     sd = StableDiffusion.load("toy")
     sd.prepare()
     net = ControlNet.from_unet(sd.unet, hint_channels=(8, 16, 32, 64)).train().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(training.lock(sd.unet, net, training.Recipe(steps=1)), fused=True)
+    optimizer = torch.optim.AdamW(training.apply_regime(sd.unet, net, training.Recipe(steps=1)), fused=True)
     context = sd.encode_prompts(["a red ball", ""]).float()
     examples = training.Examples(
         torch.randn(16, 4, 16, 16), torch.randint(256, (16, 3, 128, 128), dtype=torch.uint8), context, torch.zeros(16).long()

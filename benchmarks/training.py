@@ -85,7 +85,7 @@ def our_step(args, device):
         return plain
     fast.prepare(net)
     recipe = training.Recipe(steps=1, batch_size=args.batch_size, connect="middle" if args.one == "middle" else "all")
-    optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=True)
+    optimizer = torch.optim.AdamW(training.apply_regime(unet, net, recipe), fused=True)
     for model in (unet, net):
         fast.recompute(model, args.one == "checkpointing")
     return lambda: memory.step(unet, net, optimizer, batch, abar, recipe)

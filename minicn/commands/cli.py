@@ -1,8 +1,9 @@
-"""What the command lines share: help with defaults, values with ranges, devices, and errors in one line."""
+"""What the commands share: help with defaults, values with ranges, options of many, devices, errors in one line."""
 
 import argparse
 import contextlib
 import ctypes
+import io
 import math
 import os
 import sys
@@ -11,8 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from minicn import threads
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +42,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """Return a converter of arguments to whole numbers of a range."""
+    """Return a converter of arguments to integers of a range."""
 
     def convert(text: str) -> int:
         try:
@@ -45,8 +50,8 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            limits = f"{low} and up" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} came, but a whole number is needed, {limits}")
+            limits = f"from {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
         return value
 
     return convert
@@ -61,14 +66,14 @@ def number(low: float, high: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} came, but a number is needed, {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
         return value
 
     return convert
 
 
 def device(name: str) -> torch.device:
-    """Return the device of a name; "auto" is cuda, mps or cpu, the first that is there.
+    """Return the device of a name; "auto" is cuda, mps or cpu, the first that is available.
 
     Raises ValueError for a device that PyTorch does not know or this machine does not have.
     """
@@ -78,15 +83,27 @@ def device(name: str) -> torch.device:
         chosen = torch.device(name)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} is not to be had here: use auto, cpu, cuda or mps") from error
+        raise ValueError(f"device {name!r} is not available: use auto, cpu, cuda or mps") from error
     if chosen.type == "meta":
         raise ValueError("device 'meta' computes nothing: use auto, cpu, cuda or mps")
     return chosen
 
 
+def add_device(add: Callable) -> None:
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def add_tokenizer(add: Callable) -> None:
+    add("--tokenizer", help="folder with vocab.json and merges.txt, for a single file (default: CLIP's from the cache)")
+
+
+def add_weights(add: Callable) -> None:
+    add("--variant", help="of a folder's weights, as fp16")
+    add("--ema", action="store_true", help="of a file that holds both, take the moving average of the U-Net's weights")
+
+
 def add_threads(add: Callable) -> None:
-    """Add the option --threads."""
-    add("--threads", type=whole(1, 1024), help="threads to compute with (default: all; narrow models: as many as pay)")
+    add("--threads", type=whole(1, 1024), help="threads to compute with (default: all; narrow models: the fastest number)")
 
 
 def pace(wanted: int | None, *models: torch.nn.Module) -> threads.Pace:
@@ -110,26 +127,42 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 2**31 - 1)
 
 
+def check_picture(path: Path) -> None:
+    """Raise ValueError, before any work, for a picture that could not be written afterwards."""
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder: name a file in it, as {path / 'out.png'}")
+    form = Image.registered_extensions().get(path.suffix.lower())
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), form or "none")
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(f"output {path} has no extension of a writable picture format: name it .png or .jpg") from error
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"output {path} exists and is not writable: name another file")
+    if not path.parent.is_dir():
+        raise ValueError(f"output {path} lies in no existing folder: make {path.parent} first")
+    check_folder(path.parent)
+
+
 def check_folder(folder: Path) -> None:
     """Raise ValueError unless a folder can be made and written; leave nothing that was not there before."""
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(f"output {folder} cannot be made: {existing} is no folder; name another --output")
+        raise ValueError(f"output {folder} cannot be made: {existing} is not a folder; name another --output")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"output {folder} cannot be written: no permission in {existing}; name another --output")
 
 
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """Print what minicn has to say as one line; other libraries' warnings are for developers."""
+    """Print minicn's own warnings as one line; other libraries' warnings are for developers."""
     if Path(__file__).parents[1] in Path(filename).parents:
         print(f"note: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def polite_errors(output: Path | None = None) -> Iterator[None]:
-    """Turn what a user can mend into one line on standard error and exit status 2, Ctrl-C into 130."""
+    """Turn what a user can fix into one line on standard error and exit status 2, Ctrl-C into 130."""
     warnings.showwarning = show_warning
     try:
         yield
@@ -138,6 +171,8 @@ def polite_errors(output: Path | None = None) -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt as stop:
         kept = output is not None and (output / "checkpoint.pt").is_file()
-        ending = f"; {output} holds a checkpoint, --resume goes on" if kept else "; nothing to resume yet" if output else ""
+        ending = (
+            f"; {output} holds a checkpoint, --resume continues" if kept else "; nothing to resume yet" if output else ""
+        )
         print(f"stopped {stop}".rstrip() + ending, file=sys.stderr)
         sys.exit(130)

@@ -39,14 +39,14 @@ def read_pairs(folder: str | Path) -> list[Pair]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: name one with prompt.json or metadata.jsonl")
+        raise FileNotFoundError(f"{folder} is not a folder: name one with prompt.json or metadata.jsonl")
     table = next((folder / name for name in FORMATS if (folder / name).is_file()), None)
     if table is None:
         raise FileNotFoundError(f"{folder} holds no prompt.json (Fill50K) and no metadata.jsonl (Hugging Face): make one")
     try:
         lines = table.read_text("utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is no text in UTF-8: {error}") from error
+        raise ValueError(f"{table} is not UTF-8 text: {error}") from error
     pairs = [_pair(folder, table, i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise ValueError(f"{table} is empty: it needs a line for each pair")
@@ -58,12 +58,12 @@ def _pair(folder: Path, table: Path, number: int, line: str) -> Pair:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{table}, line {number}, is no JSON object ({error}): mend or remove it") from error
+        raise ValueError(f"{table}, line {number}, is not a JSON object ({error}): correct or remove it") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{table}, line {number}, is no JSON object but {type(row).__name__}: mend or remove it")
+        raise ValueError(f"{table}, line {number}, is not a JSON object but {type(row).__name__}: correct or remove it")
     for name in names:
         if not isinstance(row.get(name), str):
-            raise ValueError(f"{table}, line {number}: {name} is {row.get(name)!r}, but must be text: mend or remove it")
+            raise ValueError(f"{table}, line {number}: {name} is {row.get(name)!r}, but must be text: correct or remove it")
     hint, image, prompt = (row[name] for name in names)
     return Pair(folder / hint, folder / image, prompt, number)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from minicn import ddim, fast, training
 from minicn.controlnet import ControlNet
+from minicn.trainer import loop
 from minicn.unet import UNet
 
 STATUS = Path("/proc/self/status")
@@ -31,7 +32,7 @@ class Ledger:
     weights: int
     gradients: int
     optimiser: int
-    activations: int  # what the way back needs: alive when the loss is known
+    activations: int  # kept for the backward pass: alive when the loss is known
     peak: int
 
 
@@ -63,7 +64,8 @@ def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, dev
     """Return a part of a batch of noise: what one process takes at once."""
     n, side, width = recipe.batch_size // (world * recipe.accumulate), size // 8, net.cfg.unet.context_dim
     latents = torch.randn(n, net.cfg.unet.in_channels, side, side, device=device)
-    hints = torch.rand(n, 3, size, size, device=device).contiguous(memory_format=fast.layout(device))
+    hints = torch.rand(n, 3, size, size, device=device)
+    latents, hints = (each.contiguous(memory_format=fast.layout(device)) for each in (latents, hints))
     t = torch.zeros(n, dtype=torch.long, device=device)
     return training.Batch(t, latents, torch.randn_like(latents), hints, t, torch.randn(n, 77, width, device=device))
 
@@ -71,7 +73,7 @@ def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, dev
 def step(unet, net, optimizer, batch, alphas_cumprod, recipe: training.Recipe, seen=lambda name: None) -> None:
     """Do what a training step does; call `seen` when the last loss is known, and when the gradients are."""
     for i in range(recipe.accumulate):
-        with training.autocast(batch.latents.device, recipe):
+        with loop.autocast(batch.latents.device, recipe):
             loss = training.controlnet_loss(unet, net, batch, alphas_cumprod).sum()
         if i == recipe.accumulate - 1:
             seen("activations")
@@ -92,8 +94,8 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
         for model in (unet, net):
             fast.recompute(model, recipe.gradient_checkpointing)
             fast.prepare(model)
-        groups = training.lock(unet, net, recipe)
-        optimizer = torch.optim.AdamW(groups, fused=training.fused(device, recipe))
+        groups = training.apply_regime(unet, net, recipe)
+        optimizer = torch.optim.AdamW(groups, fused=loop.fused(device, recipe))
         batch, abar = example(net, recipe, size, world, device), torch.rand(ddim.NUM_TRAIN_TIMESTEPS)
         parameters = [p for model in (unet, net) for p in model.parameters()]
         learned = size_of(p for group in groups for p in group["params"])
@@ -114,7 +116,7 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
 def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
     """Return what a step on noise took, the third of three. The models learn; the run must end here."""
     whole = size_of(p for model in (unet, net) for p in model.parameters())
-    optimizer = torch.optim.AdamW(training.lock(unet, net, recipe), fused=training.fused(device, recipe))
+    optimizer = torch.optim.AdamW(training.apply_regime(unet, net, recipe), fused=loop.fused(device, recipe))
     batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
     for model in (unet, net):
         fast.recompute(model, recipe.gradient_checkpointing)

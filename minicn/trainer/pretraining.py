@@ -22,8 +22,9 @@ from minicn import ddim, fast, toy
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
+from minicn.trainer.distributed import init_distributed
 from minicn.trainer.recording import StopRequest, check_resume, encode, save_whole
-from minicn.training import learning_rate_factor, process, send
+from minicn.training import learning_rate_factor, send
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
 
@@ -68,7 +69,7 @@ def vae_loss(vae: VAE, images: Tensor, edge_weight: float, kl_weight: float = 1e
 
 
 class Checkpoint:
-    """Counts the steps of a training here and keeps its state in a file, so that --resume goes on after Ctrl-C or a kill.
+    """Counts the steps of a training here and keeps its state in a file, so that --resume continues after Ctrl-C or a kill.
 
     stage  what is trained, in a word
     every  steps between two checkpoints
@@ -83,7 +84,7 @@ class Checkpoint:
 
         Raises KeyboardInterrupt after a checkpoint if asked to stop. (Under torchrun the last regular one stands.)
         """
-        rank, world = process()
+        rank, world = init_distributed()
         done = self._load(steps, parts) if self.file.is_file() else 0
         bar = tqdm(range(done, steps), initial=done, total=steps, desc=self.stage, unit="step", disable=rank > 0)
         with StopRequest() if world == 1 else contextlib.nullcontext() as stop:
@@ -302,7 +303,9 @@ def train_unet(
     model.to(device)
     fast.prepare(model.unet)
     average = copy.deepcopy(model).requires_grad_(False)
-    parallel = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if process()[1] > 1 else model
+    parallel = (
+        nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if init_distributed()[1] > 1 else model
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     smooth = None
     for step, bar in checkpoint.loop(steps, model=model, average=average, optimizer=optimizer):
@@ -332,7 +335,7 @@ def train_unet(
 def pictures(indices: Iterable[int]) -> tuple[Tensor, list[list[str]], Tensor]:
     """Draw toy pictures, uint8 (N, 3, 128, 128), VARIANTS descriptions of each, and how often each is to be shown (N,)."""
     images, captions, chances = [], [], []
-    for i in tqdm(indices, desc="drawing scenes", unit="scene", disable=process()[0] > 0):
+    for i in tqdm(indices, desc="drawing scenes", unit="scene", disable=init_distributed()[0] > 0):
         scene, draw = toy.scene(i), random.Random(i).random
         images.append(torch.from_numpy(scene.image))
         captions.append([describe(scene, draw) for _ in range(VARIANTS)])
@@ -360,7 +363,7 @@ def train_base(
     Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process a core waits for
     the other once a step, threads of one process at every layer.
     """
-    rank, world = process()
+    rank, world = init_distributed()
     check_resume(output / "checkpoint.pt", resume)
     output.mkdir(parents=True, exist_ok=True)
     checkpoints = [
@@ -382,14 +385,14 @@ def train_base(
 
 def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device, checkpoint: Checkpoint) -> VAE:
     """Return the autoencoder of the file `finished`, trained first if there is none: in one process, while others wait."""
-    if not finished.is_file() and process()[0] == 0:
+    if not finished.is_file() and init_distributed()[0] == 0:
         images, _, _ = pictures(range(min(scenes, 4000)))
         torch.manual_seed(seed)
         vae = train_vae(images, steps, device, checkpoint)
         normalise_latents(vae, images[:1000])
         torch.save(vae.state_dict(), finished)
         checkpoint.remove()
-    if process()[1] > 1:
+    if init_distributed()[1] > 1:
         dist.barrier()
     vae = VAE(TOY_VAE).to(device, memory_format=fast.layout(device)).eval()
     vae.load_state_dict(torch.load(finished, map_location="cpu", weights_only=True))

@@ -139,7 +139,7 @@ def save_whole(state: dict, path: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(
-            f"{path} cannot be written ({' '.join(str(error).split())[:100]}): free space, then --resume goes on from the "
+            f"{path} cannot be written ({' '.join(str(error).split())[:100]}): free space, then --resume continues from the "
             "checkpoint before, which is whole"
         ) from error
 
@@ -147,9 +147,9 @@ def save_whole(state: dict, path: Path) -> None:
 def check_resume(checkpoint: Path, resume: bool) -> None:
     """Raise an error if there is a checkpoint that nobody asked to resume, or none where somebody did."""
     if checkpoint.is_file() and not resume:
-        raise ValueError(f"{checkpoint.parent} already holds a run: --resume goes on with it, another --output begins anew")
+        raise ValueError(f"{checkpoint.parent} already holds a run: --resume continues it, another --output starts anew")
     if resume and not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint.parent} holds no checkpoint: leave out --resume to begin anew")
+        raise FileNotFoundError(f"{checkpoint.parent} holds no checkpoint: leave out --resume to start a new run")
 
 
 class Run:
@@ -219,7 +219,7 @@ class Run:
             except Exception:  # whatever a damaged file makes PyTorch's reader raise
                 continue
         else:
-            raise ValueError(f"{self.checkpoint} is damaged, and no older one is kept: begin anew in another --output")
+            raise ValueError(f"{self.checkpoint} is damaged, and no older one is kept: start a new run in another --output")
         for name, value in self.settings.items():
             before = state["settings"].get(name)
             if before != value and name != "steps":

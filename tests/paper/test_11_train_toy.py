@@ -8,7 +8,7 @@ from by_hand import same, tensors, zero_convs
 from PIL import Image
 
 import train_toy
-from minicn import ControlNet, StableDiffusion, training
+from minicn import ControlNet, StableDiffusion
 
 SHORT = "--scenes 4 --batch-size 1 --pictures 1 --guidance-scale 1 --score-every 2 --device cpu".split()
 
@@ -16,14 +16,15 @@ SHORT = "--scenes 4 --batch-size 1 --pictures 1 --guidance-scale 1 --score-every
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run, the ControlNet as it started, and the models as the run left them."""
-    folder, seen, train = tmp_path_factory.mktemp("run") / "four", {}, training.train
+    folder, seen = tmp_path_factory.mktemp("run") / "four", {}
 
-    def spied(sd, net, *args, **kwargs):
-        seen.update(sd=sd, net=net, start=tensors(net))
-        train(sd, net, *args, **kwargs)
+    class Spied(train_toy.Progress):
+        def __init__(self, run, sd, net, *args, **kwargs):
+            seen.update(sd=sd, net=net, start=tensors(net))
+            super().__init__(run, sd, net, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "train", spied)
+        patch.setattr(train_toy, "Progress", Spied)
         assert train_toy.main([*SHORT, "--steps", "4", "--output", str(folder)]) == 0
     return folder, seen
 

@@ -39,8 +39,8 @@ def test_both_formats_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([row(1), "{broken"], r"prompt\.json, line 2, is no JSON object"),
-        ([row(1), "[1]"], r"line 2, is no JSON object but list"),
+        ([row(1), "{broken"], r"prompt\.json, line 2, is not a JSON object"),
+        ([row(1), "[1]"], r"line 2, is not a JSON object but list"),
         ([{**row(1), "prompt": 7}], r"line 1: prompt is 7, but must be text"),
         ([{"source": "a"}], r"line 1: target is None"),
         ([""], r"prompt\.json is empty"),
@@ -52,7 +52,7 @@ def test_a_broken_table_is_named_with_its_line(tmp_path, rows, words):
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"none is not a folder"):
         data.read_pairs(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"holds no prompt\.json"):
         data.read_pairs(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minicn import __main__
-from minicn.commands import device_check
+from minicn.commands import check_device
 
 OTHER = torch.device("cpu", 0)  # computes as the CPU does; "cpu" without a number is what it is compared with
 SMALL = dict(num_steps=1, steps=2, early=1, timed=1)
@@ -15,8 +15,8 @@ SMALL = dict(num_steps=1, steps=2, early=1, timed=1)
 @pytest.fixture(autouse=True)
 def _one_half(monkeypatch):
     """Without float16, which CPUs compute slowly."""
-    has = device_check.has
-    monkeypatch.setattr(device_check, "has", lambda device, dtype: dtype != torch.float16 and has(device, dtype))
+    has = check_device.has
+    monkeypatch.setattr(check_device, "has", lambda device, dtype: dtype != torch.float16 and has(device, dtype))
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -31,7 +31,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 def test_the_cpu_holds_against_itself():
     """Every comparison is there and holds; float32 trains to the very same weights; a machine and two times are named."""
-    text, holds = device_check.check(OTHER, **SMALL)
+    text, holds = check_device.check(OTHER, **SMALL)
     rows = rows_of(text)
     assert holds
     assert list(rows) == [
@@ -54,8 +54,8 @@ def test_the_cpu_holds_against_itself():
 
 def test_a_device_that_computes_something_else_fails(monkeypatch):
     """A norm with another eps, on the device alone: picture, loss and weights in float32 are found to be off."""
-    monkeypatch.setattr(device_check, "has", lambda device, dtype: False)
-    monkeypatch.setattr(device_check, "seconds", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(check_device, "has", lambda device, dtype: False)
+    monkeypatch.setattr(check_device, "seconds", lambda *args: (1.0, 1.0))
     norm = torch.nn.functional.group_norm
 
     def on_device(function):
@@ -69,8 +69,8 @@ def test_a_device_that_computes_something_else_fails(monkeypatch):
         return run
 
     for name in ("picture", "trained"):
-        monkeypatch.setattr(device_check, name, on_device(getattr(device_check, name)))
-    text, holds = device_check.check(OTHER, **SMALL)
+        monkeypatch.setattr(check_device, name, on_device(getattr(check_device, name)))
+    text, holds = check_device.check(OTHER, **SMALL)
     verdicts = {what: row[2] for what, row in rows_of(text).items() if "float32" in what}
     assert not holds
     assert set(verdicts.values()) == {"FAILS"}, text
@@ -84,11 +84,11 @@ def test_an_error_of_the_device_is_a_row_that_fails(monkeypatch):
             return torch.zeros(1, 3, 128, 128, dtype=torch.float64)
         raise NotImplementedError("aten::some_op | is not\nimplemented for MPS")
 
-    monkeypatch.setattr(device_check, "picture", picture)
-    monkeypatch.setattr(device_check, "trained", lambda device, examples, *args: (torch.zeros(1), {2: 0.5}))
-    monkeypatch.setattr(device_check, "flat", lambda state: torch.ones(1))
-    monkeypatch.setattr(device_check, "seconds", lambda *args: (1.0, 1.0))
-    text, holds = device_check.check(OTHER, **SMALL)
+    monkeypatch.setattr(check_device, "picture", picture)
+    monkeypatch.setattr(check_device, "trained", lambda device, examples, *args: (torch.zeros(1), {2: 0.5}))
+    monkeypatch.setattr(check_device, "flat", lambda state: torch.ones(1))
+    monkeypatch.setattr(check_device, "seconds", lambda *args: (1.0, 1.0))
+    text, holds = check_device.check(OTHER, **SMALL)
     rows = rows_of(text)
     assert not holds
     assert rows["picture, float32"][0] == "-"
@@ -97,15 +97,15 @@ def test_an_error_of_the_device_is_a_row_that_fails(monkeypatch):
 
 
 def test_what_is_no_number_does_not_hold():
-    assert not device_check.Row("picture", float("nan"), 1.0, "").holds
-    assert device_check.Row("picture", 1.0, 1.0, "").holds
+    assert not check_device.Row("picture", float("nan"), 1.0, "").holds
+    assert check_device.Row("picture", 1.0, 1.0, "").holds
 
 
 def test_tf32_is_off_where_float32_is_compared_and_as_before_afterwards(monkeypatch):
     """As the user set it, also after an error."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seen = []
-    with contextlib.suppress(KeyError), device_check.whole_float32():
+    with contextlib.suppress(KeyError), check_device.whole_float32():
         seen += [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
         raise KeyError
     assert seen == [False, False]
@@ -114,7 +114,7 @@ def test_tf32_is_off_where_float32_is_compared_and_as_before_afterwards(monkeypa
 
 @pytest.mark.parametrize(("holds", "status"), [(True, 0), (False, 1)])
 def test_the_exit_status_says_whether_all_held(monkeypatch, capsys, holds, status):
-    monkeypatch.setattr(device_check, "check", lambda device: (f"table of {device}", holds))
+    monkeypatch.setattr(check_device, "check", lambda device: (f"table of {device}", holds))
     try:
         code = __main__.main(["check-device", "--device", "cpu"])
     except SystemExit as stopped:

@@ -16,7 +16,8 @@ from minicn import VAE, ControlNet, StableDiffusion, UNet, UNetConfig, fast, toy
 from minicn.checkpoints import hub
 from minicn.clip import TextConfig, TextEncoder
 from minicn.tokenizer import Tokenizer
-from minicn.trainer import recording
+from minicn.trainer import loop, progress, recording
+from minicn.trainer.examples import from_scenes
 from minicn.vae import VAEConfig
 
 META = torch.device("meta")
@@ -107,8 +108,8 @@ def examples():
 def test_a_training_step_reads_nothing(sd, net, unlock):
     """Batch, loss, gradients and AdamW: all are there, on the device, without a number read."""
     recipe = training.Recipe(1, unlock=unlock)
-    groups = training.lock(sd.unet, net, recipe)
-    optimizer = torch.optim.AdamW(groups, fused=training.fused(META, recipe))
+    groups = training.apply_regime(sd.unet, net, recipe)
+    optimizer = torch.optim.AdamW(groups, fused=loop.fused(META, recipe))
     batch = examples().batch(0, 1, 4, 0.5, META)
     on_device = {name: tensor for name, tensor in vars(batch).items() if name != "samples"}
     assert {tensor.device for tensor in on_device.values()} == {META}
@@ -124,14 +125,14 @@ def test_the_loop_reads_the_loss_not_before_it_must(sd, net, tmp_path, monkeypat
     """Of 3 steps without a look or a checkpoint the third is the first to be read, where the meta device gives up."""
     steps, loss = [], training.controlnet_loss
     monkeypatch.setattr(training, "controlnet_loss", lambda *args: steps.append(1) or loss(*args))
-    monkeypatch.setattr(training, "zero_norms", lambda net: {})
-    monkeypatch.setattr(training, "autocast", lambda device, recipe: contextlib.nullcontext())  # knows no meta device
+    monkeypatch.setattr(progress, "zero_norms", lambda net: {})
+    monkeypatch.setattr(loop, "autocast", lambda device, recipe: contextlib.nullcontext())  # knows no meta device
     run = recording.Run(tmp_path, {})
     run.prepare(resume=False)
     locked = copy.copy(sd)
     locked.vae = locked.text_encoder = torch.nn.Identity()  # they go to the CPU, which meta tensors cannot
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        training.train(locked, net, examples(), None, run, training.Recipe(3))
+        loop.train(locked, net, examples(), None, run, training.Recipe(3))
     assert len(steps) == 3
 
 
@@ -145,7 +146,7 @@ def test_the_loop_reads_the_loss_not_before_it_must(sd, net, tmp_path, monkeypat
 )
 def test_the_optimiser_is_fused_where_that_is_right(device, precision, fused):
     """Not on MPS in float16, whose kernel ignored the scale of the gradients; nor where there is no such kernel."""
-    assert training.fused(torch.device(device), training.Recipe(1, precision=precision)) is fused
+    assert loop.fused(torch.device(device), training.Recipe(1, precision=precision)) is fused
 
 
 def test_convolutions_lie_channels_last_but_on_mps():
@@ -176,16 +177,16 @@ def tiny(dezero):
 
 def train(sd, folder, every, monkeypatch, spoil=None, **more):
     """Train a fresh ControlNet for 5 steps and return it with its log; `spoil` gets (call, loss) and returns the loss."""
-    monkeypatch.setitem(training.READ_EVERY, "cpu", every)
+    monkeypatch.setitem(progress.READ_EVERY, "cpu", every)
     calls, loss = [], training.controlnet_loss
     if spoil is not None:
         monkeypatch.setattr(training, "controlnet_loss", lambda *args: spoil(calls.append(1) or len(calls), loss(*args)))
     torch.manual_seed(0)
     net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
-    data = training.Examples.from_scenes(sd, toy.scenes(3), "canny")
+    data = from_scenes(sd, toy.scenes(3), "canny")
     run = recording.Run(folder, {})
     run.prepare(resume=False)
-    training.train(sd, net, data, None, run, training.Recipe(5, lr=1e-3), score_every=3, **more)
+    loop.train(sd, net, data, None, run, training.Recipe(5, lr=1e-3), score_every=3, **more)
     return net, [{name: value for name, value in row.items() if name != "seconds"} for row in run.rows]
 
 
@@ -214,7 +215,7 @@ def test_nan_is_named_by_its_own_step_however_late(tiny, tmp_path, monkeypatch, 
 
 
 def examples_of_step(sd, step: int) -> str:
-    data = training.Examples.from_scenes(sd, toy.scenes(3), "canny")
+    data = from_scenes(sd, toy.scenes(3), "canny")
     return ", ".join(map(str, data.batch(0, step, 4, 0.5, torch.device("cpu")).samples.tolist()))
 
 

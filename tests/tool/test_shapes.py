@@ -26,11 +26,11 @@ from torch import Tensor
 
 import minicn
 from minicn import conditions, toy, training
-from minicn.commands import device_check
+from minicn.commands import check_device
 from minicn.conditions import drawing, making, networks, palettes
 from minicn.fast import Conv3x3
 from minicn.toy import judging, measures
-from minicn.trainer import data, pretraining
+from minicn.trainer import data, examples, pretraining, recording
 
 PACKAGE = Path(minicn.__file__).parent
 SHAPE = re.compile(r"(?:(\w+)`? )?\(([^()]*,[^()]*)\)(?: +(u?int\d+|float\d+|bool)\b)?")  # with the words around it
@@ -277,20 +277,20 @@ def drawing_pictures(sd: minicn.StableDiffusion):
 
 def trainings(sd: minicn.StableDiffusion, folder: Path):
     scenes, cpu = list(toy.scenes(3)), torch.device("cpu")
-    examples = training.Examples.from_scenes(sd, scenes, "canny")
-    batch = examples.batch(seed=0, step=0, size=2, drop_prompt=0.5, device=cpu)
+    learned = examples.from_scenes(sd, scenes, "canny")
+    batch = learned.batch(seed=0, step=0, size=2, drop_prompt=0.5, device=cpu)
     training.controlnet_loss(sd.unet, minicn.ControlNet.from_unet(sd.unet), batch, sd.alphas_cumprod)
     images = [scene.image for scene in scenes]
-    training.Validation(sd, images, images, [scene.caption for scene in scenes], 1.0, num_steps=1)
+    recording.Validation(sd, images, images, [scene.caption for scene in scenes], 1.0, num_steps=1)
     drawn, captions, chances = pretraining.pictures(range(2))
     first, second = (pretraining.Checkpoint(folder / name, name, 9, 0) for name in ("first", "second"))
-    latents = training.encode(pretraining.train_vae(drawn, 2, cpu, first, batch_size=2), drawn)
+    latents = recording.encode(pretraining.train_vae(drawn, 2, cpu, first, batch_size=2), drawn)
     pretraining.train_unet(latents, captions, chances, sd.tokenizer, 2, 1, 1e-3, cpu, second)
 
 
 def judging_pictures():
     judging.train_judge(lambda images: images, count=32, epochs=1, batch_size=16).see(toy.scene(0).image)
-    device_check.picture(torch.device("cpu"), torch.float32, 1)
+    check_device.picture(torch.device("cpu"), torch.float32, 1)
 
 
 def annotating():

@@ -16,7 +16,7 @@ from PIL import Image
 import train_toy
 from minicn import ControlNet, StableDiffusion, __main__, toy, training
 from minicn.checkpoints import files
-from minicn.trainer import pretraining, recording
+from minicn.trainer import examples, loop, pretraining, recording
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ["--hint", "{tmp}/ok.png", "--controlnet", "toy-canny"]
@@ -46,6 +46,30 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "four"
     train(folder, "--steps", "4")
     return folder
+
+
+def test_the_loop_on_the_page_is_the_engines(tmp_path):
+    """train_toy.py and `trainer.loop` compute the same: all 340 tensors and both moments of each, bit for bit."""
+    train(tmp_path / "page", *"--steps 3 --batch-size 3 --pictures 0".split())
+    sd = StableDiffusion.load("toy")
+    learned = examples.from_scenes(sd, toy.scenes(2, "train", "canny"), "canny")
+    torch.manual_seed(0)
+    net = ControlNet.from_unet(sd.unet, hint_channels=train_toy.HINT_CHANNELS)
+    recipe, engine = training.Recipe(3, 3, lr=3e-4, unlock_lr=1e-4), recording.Run(tmp_path / "engine", {})
+    engine.prepare(False)
+    loop.train(sd, net, learned, None, engine, recipe)
+    a, b = (files.read(tmp_path / name / "controlnet.safetensors") for name in ("page", "engine"))
+    assert len(a) == 340
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("page", "engine"))
+    for key, moments in a["optimizer"]["state"].items():
+        assert all(torch.equal(moments[name], b["optimizer"]["state"][key][name]) for name in ("exp_avg", "exp_avg_sq"))
+    assert a.keys() == b.keys()
+
+
+def test_several_processes_are_sent_to_the_engine(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr(train_toy.distributed, "init_distributed", lambda: (0, 2))
+    assert "several run `minicn train`" in refused(train, tmp_path / "out")
 
 
 def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
@@ -154,12 +178,12 @@ def test_the_base_can_go_on_from_a_model(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--steps", "0"], "'0' came, but a whole number is needed, 1 and up"),
-        (["--steps", "many"], "'many' came"),
-        (["--batch-size", "0"], "'0' came"),
-        (["--lr", "-1"], "a number is needed"),
-        (["--seed", "-1"], "0 and up"),
-        (["--device", "abacus"], "device 'abacus' is not to be had"),
+        (["--steps", "0"], "expected an integer from 1, got '0'"),
+        (["--steps", "many"], "expected an integer from 1, got 'many'"),
+        (["--batch-size", "0"], "got '0'"),
+        (["--lr", "-1"], "expected a number from 0 to 1, got '-1'"),
+        (["--seed", "-1"], "expected an integer from 0, got '-1'"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
         (["--device", "meta"], "computes nothing"),
         (["--condition", "smell"], "canny"),
         (["--model", "nowhere"], "nowhere is no file or folder"),
@@ -227,10 +251,10 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
     [
         (["--output", "{tmp}"], "is a folder"),
         (["--output", "{tmp}/none/out.png"], "no existing folder"),
-        (["--output", "{tmp}/out.xyz"], "no ending of a picture"),
-        (["--output", "{tmp}/out.psd"], "no ending of a picture"),
-        (["--output", "{tmp}/out.png", "--num-steps", "0"], "1 to 1000"),
-        (["--output", "{tmp}/out.png", "--seed", "-1"], "0 to"),
+        (["--output", "{tmp}/out.xyz"], "no extension of a writable picture format"),
+        (["--output", "{tmp}/out.psd"], "no extension of a writable picture format"),
+        (["--output", "{tmp}/out.png", "--num-steps", "0"], "expected an integer from 1 to 1000, got '0'"),
+        (["--output", "{tmp}/out.png", "--seed", "-1"], "from 0 to"),
         (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no file or folder"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png"], "go together"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png", "--controlnet", "toy-canny"], "does not exist"),

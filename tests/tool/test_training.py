@@ -19,7 +19,9 @@ from PIL import Image
 from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConfig, __main__, ddim, fast, toy, training
 from minicn.checkpoints import files, hub, weights
 from minicn.checkpoints.models import load_model
-from minicn.trainer import data, memory, recording
+from minicn.trainer import data, loop, memory, recording
+from minicn.trainer import examples as examples_module
+from minicn.trainer.examples import from_pairs, from_scenes
 from minicn.unet import Block
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +52,7 @@ def few(dezero):
 
 @pytest.fixture(scope="module")
 def examples(sd):
-    return training.Examples.from_scenes(sd, toy.scenes(6), "canny")
+    return from_scenes(sd, toy.scenes(6), "canny")
 
 
 def fresh(sd, seed=0):
@@ -64,7 +66,7 @@ def train(sd, examples, folder, net=None, validation=None, every=100, after=(), 
     run = recording.Run(folder, dataclasses.asdict(recipe))
     run.prepare(False)
     net = net or fresh(sd)
-    training.train(sd, net, examples, validation, run, recipe, score_every=every, score_after=after)
+    loop.train(sd, net, examples, validation, run, recipe, score_every=every, score_after=after)
     return net
 
 
@@ -186,7 +188,7 @@ def _one_of_two(rank, folder, dezero, examples, port):
         run = recording.Run(folder / unlock, dataclasses.asdict(recipe))
         if rank == 0:
             run.prepare(resume)
-        training.train(model, fresh(model), examples, None, run, recipe, score_every=1, resume=resume)
+        loop.train(model, fresh(model), examples, None, run, recipe, score_every=1, resume=resume)
         torch.distributed.barrier()
 
 
@@ -228,7 +230,7 @@ def test_two_processes_give_the_weights_of_one(two_processes, examples, tmp_path
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(few, sd, examples, tmp_path):
-    """The same weights bit for bit, with fewer tensors kept for the way back."""
+    """The same weights bit for bit, with fewer tensors kept for the backward pass."""
     plain, again = (train(few, examples, tmp_path / str(c), gradient_checkpointing=c) for c in (False, True))
     blocks = [type(model.middle_block) for model in (plain, again, few.unet)]
     assert blocks == [Block, fast.RecomputedBlock, fast.RecomputedBlock]  # the recipe reached both
@@ -331,7 +333,7 @@ def test_a_stop_within_an_accumulation_loses_nothing(few, examples, tmp_path, mo
         run.prepare(resume)
         monkeypatch.setattr(training, "controlnet_loss", loss if resume else interrupted)
         with contextlib.nullcontext() if resume else pytest.raises(KeyboardInterrupt, match="after step 2 of 4"):
-            training.train(few, net, examples, None, run, recipe, resume=resume)
+            loop.train(few, net, examples, None, run, recipe, resume=resume)
         assert torch.load(run.checkpoint, weights_only=True)["step"] == (4 if resume else 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), net.parameters(), strict=True))
 
@@ -373,7 +375,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match="cannot be written .*No space left.* --resume goes on from the checkpoint before"):
+        with pytest.raises(OSError, match="cannot be written .*No space left.*--resume continues from the checkpoint"):
             run.save(2, {"net": torch.tensor(2)})
     assert run.load()["step"] == 1
     assert not list(tmp_path.glob("*.part"))
@@ -430,7 +432,7 @@ def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys, qui
 def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
     """Hints in [0, 1], latents of the images, the folder's prompts."""
     pairs = data.read_pairs(folder)
-    examples = training.Examples.from_pairs(sd, pairs, 128, batch_size=2)
+    examples = from_pairs(sd, pairs, 128, batch_size=2)
     batch = examples.batch(0, 1, 3, 0.0, torch.device("cpu"))
     for i, sample in enumerate(batch.samples.tolist()):
         hint, image = data.load_pair(pairs[sample], 128)
@@ -444,7 +446,7 @@ def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--data", "{tmp}/none"], "none is no folder"),
+        (["--data", "{tmp}/none"], "none is not a folder"),
         (["--data", "{tmp}"], "holds no prompt.json"),
         (["--data", "{tmp}/vanished"], "does not exist"),
         (["--resolution", "100"], "must be a multiple of 8"),
@@ -465,7 +467,7 @@ def test_minicn_train_refuses_in_one_line(folder, tmp_path, refused, more, words
 def test_a_picture_that_vanishes_during_training_is_named(few, folder, tmp_path):
     __main__.main(["make-data", str(tmp_path / "data"), "--count", "2"])
     pairs = data.read_pairs(tmp_path / "data")
-    examples = training.Examples.from_pairs(few, pairs, 128)
+    examples = from_pairs(few, pairs, 128)
     for pair in pairs:
         pair.hint.unlink()
     with pytest.raises(FileNotFoundError, match=r"source/\d\.png does not exist"):
@@ -475,10 +477,10 @@ def test_a_picture_that_vanishes_during_training_is_named(few, folder, tmp_path)
 def test_what_was_encoded_is_not_encoded_again(sd, folder, tmp_path, monkeypatch):
     """Latents and text features of a run lie on disk, for --resume; a new run makes its own."""
     pairs, keep = data.read_pairs(folder), recording.Run(tmp_path, {}).encoded
-    first = training.Examples.from_pairs(sd, pairs, 64, keep=keep)
+    first = from_pairs(sd, pairs, 64, keep=keep)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "encode", lambda *_: pytest.fail("encoded again"))
-        again = training.Examples.from_pairs(sd, pairs, 64, keep=keep)
+        patch.setattr(examples_module, "encode", lambda *_: pytest.fail("encoded again"))
+        again = from_pairs(sd, pairs, 64, keep=keep)
     for name in ("latents", "contexts", "prompt"):
         assert torch.equal(getattr(first, name), getattr(again, name))
     recording.Run(tmp_path, {}).prepare(False)
@@ -518,7 +520,7 @@ def test_the_ledger_counts_weights_gradients_and_moments(dezero):
 
 
 def test_the_ledger_knows_what_saves_memory():
-    """Gradient checkpointing, parts of a batch and the small-scale regime keep less for the way back."""
+    """Gradient checkpointing, parts of a batch and the small-scale regime keep less for the backward pass."""
     plain = predicted().activations
     assert predicted(gradient_checkpointing=True).activations < 0.4 * plain
     assert abs(predicted(accumulate=2).activations / plain - 0.5) < 0.05
@@ -526,12 +528,12 @@ def test_the_ledger_knows_what_saves_memory():
 
 
 def test_the_ledger_counts_what_autograd_keeps():
-    """Predicted without a number computed: within 1% of the tensors that a real forward pass saves for the way back."""
+    """Predicted without a number computed: within 1% of the tensors that a real forward pass saves for the backward pass."""
     cfg, size = SHAPES
     unet, net = UNet(cfg), ControlNet(ControlNetConfig(cfg))
     recipe = training.Recipe(steps=1, batch_size=2)
     fast.prepare(unet), fast.prepare(net)
-    training.lock(unet, net, recipe)
+    training.apply_regime(unet, net, recipe)
     own = {p.untyped_storage().data_ptr() for model in (unet, net) for p in model.parameters()}
     batch, kept = memory.example(net, recipe, size, 1, torch.device("cpu")), {}
 

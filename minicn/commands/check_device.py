@@ -4,10 +4,12 @@ The toy's picture is compared with the CPU's in float64, which MPS has not; a sh
 the CPU's in float32. The limits stand in LIMITS, with what was measured on CPUs. Left out: full width, several processes.
 """
 
+import argparse
 import contextlib
 import io
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +22,10 @@ from tqdm import tqdm
 
 import minicn
 from minicn import toy, training
+from minicn.commands import cli
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
-from minicn.trainer import recording
+from minicn.trainer import examples, loop, recording
 
 HINT_CHANNELS = (8, 16, 32, 64)  # train_toy.py's
 SCENE = 1  # held out; drawn and, with others, learned from
@@ -41,6 +44,23 @@ LIMITS = {
     ("loss", "float16"): (4 / 2**11, "4 roundings of 11 bits"),
 }
 UNITS = {"picture": "grey levels, root mean square", "weights": "share of the way that they moved", "loss": "share of it"}
+
+
+def add_to(commands) -> None:
+    text = "see whether a graphics card computes what the CPU does"
+    command = commands.add_parser("check-device", help=text, formatter_class=cli.Formatter)
+    text = "compare a device with the CPU on the toy, and take times; prints a Markdown table to paste into an issue"
+    command.description = f"{text}. A minute; exit status 1 if a comparison fails, 2 if the device is not available."
+    cli.add_device(command.add_argument)
+
+
+def check_device(args: argparse.Namespace) -> None:
+    device = cli.device(args.device)
+    torch.set_flush_denormal(True)
+    text, holds = check(device)
+    print(text)
+    if not holds:
+        sys.exit(1)
 
 
 @dataclass
@@ -87,7 +107,7 @@ def flat(state: dict[str, Tensor]) -> Tensor:
 
 
 def trained(
-    device: torch.device, examples: training.Examples, precision: str, steps: int, early: int
+    device: torch.device, learned: training.Examples, precision: str, steps: int, early: int
 ) -> tuple[Tensor, dict[int, float]]:
     """Train a ControlNet as users do; return its weights after `early` steps, and the mean loss up to each look."""
     sd, net = fresh(device)
@@ -95,7 +115,7 @@ def trained(
     with tempfile.TemporaryDirectory() as folder, quiet():
         run = recording.Run(Path(folder), {"steps": steps}, keep=2)
         run.prepare(resume=False)
-        training.train(sd, net, examples, None, run, recipe, score_every=early, checkpoint_every=early)
+        loop.train(sd, net, learned, None, run, recipe, score_every=early, checkpoint_every=early)
         kept = Path(folder) / f"checkpoint-{early:08d}.pt"
         state = torch.load(kept if kept.is_file() else run.checkpoint, map_location="cpu", weights_only=True)
     return flat(state["net"]), {row["step"]: row["loss"] for row in run.rows[1:]}
@@ -131,7 +151,7 @@ def has(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def seconds(device: torch.device, examples: training.Examples, num_steps: int, count: int) -> tuple[float, float]:
+def seconds(device: torch.device, learned: training.Examples, num_steps: int, count: int) -> tuple[float, float]:
     """Return how long a picture of `num_steps` steps and a training step of 4 samples take, float32, when warm."""
     sd, net = fresh(device)
     draw(sd, net, 1)
@@ -139,10 +159,10 @@ def seconds(device: torch.device, examples: training.Examples, num_steps: int, c
     draw(sd, net, num_steps)  # ends with a picture on the CPU
     drawn = time.perf_counter() - start
     recipe, abar = training.Recipe(count, lr=3e-4), sd.alphas_cumprod.to(device)
-    groups = training.lock(sd.unet, net.train(), recipe)
-    optimizer = torch.optim.AdamW(groups, fused=training.fused(device, recipe))
+    groups = training.apply_regime(sd.unet, net.train(), recipe)
+    optimizer = torch.optim.AdamW(groups, fused=loop.fused(device, recipe))
     for step in range(count + 2):
-        batch = examples.batch(0, step, recipe.batch_size, recipe.drop_prompt, device)
+        batch = learned.batch(0, step, recipe.batch_size, recipe.drop_prompt, device)
         loss = training.controlnet_loss(sd.unet, net, batch, abar).mean()
         loss.backward()
         optimizer.step()
@@ -153,6 +173,57 @@ def seconds(device: torch.device, examples: training.Examples, num_steps: int, c
     return drawn, (end - start) / count
 
 
+class Comparisons:
+    """The rows of a report, filled part by part; an error of the device is a row, too.
+
+    num_steps, steps, early  see `check`
+    """
+
+    def __init__(self, device: torch.device, num_steps: int, steps: int, early: int):
+        self.device, self.num_steps, self.steps, self.early = device, num_steps, steps, early
+        self.rows: list[Row] = []
+        self.halves = [name for name in ("bfloat16", "float16") if has(device, getattr(torch, name))]
+        self.tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        self.bar = tqdm(total=5 + self.tf32 + 2 * len(self.halves), desc="checking", unit="part")
+
+    def part(self, what: str, compute: Callable):
+        """Compute a part, shown by the bar; None, and the reason, if the device gives an error."""
+        self.bar.set_postfix_str(what)
+        try:
+            return compute(), ""
+        except (RuntimeError, TypeError, ValueError) as error:
+            return None, f"{type(error).__name__}: {' '.join(str(error).replace('|', '/').split())[:200]}"
+        finally:
+            self.bar.update()
+
+    def compare(self, kind: str, precision: str, what: str, off: float | None, reason: str) -> None:
+        limit, why = LIMITS[kind, precision]
+        self.rows.append(Row(f"{what} ({UNITS[kind]})", off, limit, reason or why))
+
+    def pictures(self, exact: Tensor) -> None:
+        """Compare the picture in each precision with the CPU's in float64."""
+        ways = [("float32", "float32", whole_float32), *[(half, half, contextlib.nullcontext) for half in self.halves]]
+        for precision, name, setting in ways + [("float32", "tf32", contextlib.nullcontext)] * self.tf32:
+            dtype = getattr(torch, precision)
+            with setting():
+                found, reason = self.part(f"picture, {name}", lambda d=dtype: picture(self.device, d, self.num_steps))
+            off = None if found is None else (found - exact).square().mean().sqrt().item()
+            self.compare("picture", name, f"picture, {'float32 with TF32' if name == 'tf32' else name}", off, reason)
+
+    def trainings(self, learned: training.Examples, start: Tensor, weights: Tensor, losses: dict[int, float]) -> None:
+        """Compare a training in each precision with the CPU's in float32: from `start` to `weights`, with `losses`."""
+        moved = (weights - start).norm().item()
+        for precision in ("float32", *self.halves):
+            count = self.steps if precision == "float32" else self.early
+            settings = (self.device, learned, precision, count, self.early)
+            with whole_float32():
+                found, reason = self.part(f"training, {precision}", lambda s=settings: trained(*s))
+            far = None if found is None else (found[0] - weights).norm().item() / moved
+            off = None if found is None else max(abs(value / losses[at] - 1) for at, value in found[1].items())
+            self.compare("loss", precision, f"loss of {count} training steps, {precision}", off, reason)
+            self.compare("weights", precision, f"weights after {self.early} steps, {precision}", far, reason)
+
+
 def check(device: torch.device, num_steps: int = 10, steps: int = 20, early: int = 8, timed: int = 5) -> tuple[str, bool]:
     """Compare a device with the CPU; return the report in Markdown, and whether everything held.
 
@@ -161,56 +232,22 @@ def check(device: torch.device, num_steps: int = 10, steps: int = 20, early: int
     early      after so many the weights are compared
     timed      training steps whose time is taken
     """
-    cpu, rows = torch.device("cpu"), []
-    halves = [name for name in ("bfloat16", "float16") if has(device, training.PRECISIONS[name])]
-    tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    bar = tqdm(total=5 + tf32 + 2 * len(halves), desc="checking", unit="part")
-
-    def part(what: str, compute: Callable):
-        """Compute a part, shown by the bar; None, and the reason, if the device gives an error."""
-        bar.set_postfix_str(what)
-        try:
-            return compute(), ""
-        except (RuntimeError, TypeError, ValueError) as error:
-            return None, f"{type(error).__name__}: {' '.join(str(error).replace('|', '/').split())[:200]}"
-        finally:
-            bar.update()
-
-    def compare(kind: str, precision: str, what: str, off: float | None, reason: str) -> None:
-        limit, why = LIMITS[kind, precision]
-        rows.append(Row(f"{what} ({UNITS[kind]})", off, limit, reason or why))
-
-    bar.set_postfix_str("the CPU's part")
+    cpu, found = torch.device("cpu"), Comparisons(device, num_steps, steps, early)
+    found.bar.set_postfix_str("the CPU's part")
     exact, (sd, net) = picture(cpu, torch.float64, num_steps), fresh(cpu)
-    start = flat(net.state_dict())
     with quiet():
-        examples = training.Examples.from_scenes(sd, toy.scenes(8, "train", "canny"), "canny")
-    weights, losses = trained(cpu, examples, "float32", steps, early)
-    bar.update()
-    pictures = [("float32", "float32", whole_float32), *[(half, half, contextlib.nullcontext) for half in halves]]
-    for precision, name, setting in pictures + [("float32", "tf32", contextlib.nullcontext)] * tf32:
-        with setting():
-            found, reason = part(f"picture, {name}", lambda p=precision: picture(device, getattr(torch, p), num_steps))
-        off = None if found is None else (found - exact).square().mean().sqrt().item()
-        compare("picture", name, f"picture, {'float32 with TF32' if name == 'tf32' else name}", off, reason)
-    for precision in ("float32", *halves):
-        count = steps if precision == "float32" else early
-        with whole_float32():
-            found, reason = part(
-                f"training, {precision}", lambda p=precision, n=count: trained(device, examples, p, n, early)
-            )
-        moved = (weights - start).norm().item()
-        far = None if found is None else (found[0] - weights).norm().item() / moved
-        off = None if found is None else max(abs(value / losses[at] - 1) for at, value in found[1].items())
-        compare("loss", precision, f"loss of {count} training steps, {precision}", off, reason)
-        compare("weights", precision, f"weights after {early} steps, {precision}", far, reason)
+        learned = examples.from_scenes(sd, toy.scenes(8, "train", "canny"), "canny")
+    weights, losses = trained(cpu, learned, "float32", steps, early)
+    found.bar.update()
+    found.pictures(exact)
+    found.trainings(learned, flat(net.state_dict()), weights, losses)
     times = [
-        part(f"times, {where.type}", lambda d=where: seconds(d, examples, 2 * num_steps, timed))[0]
+        found.part(f"times, {where.type}", lambda d=where: seconds(d, learned, 2 * num_steps, timed))[0]
         for where in (cpu, device)
     ]
-    bar.close()
-    holds = all(row.holds for row in rows)
-    return report(device, rows, times, halves, 2 * num_steps), holds
+    found.bar.close()
+    holds = all(row.holds for row in found.rows)
+    return report(device, found.rows, times, found.halves, 2 * num_steps), holds
 
 
 def report(device: torch.device, rows: list[Row], times: list, halves: list[str], num_steps: int) -> str:

@@ -1,0 +1,49 @@
+"""`minicn check-data` and `minicn make-data`: folders to train on."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minicn import conditions
+from minicn.commands import cli
+from minicn.trainer import data
+
+
+def add_to(commands) -> None:
+    text = "look at every pair of a data folder before training"
+    command = commands.add_parser("check-data", help=text, formatter_class=cli.Formatter)
+    command.add_argument("folder", type=Path, help="with prompt.json (Fill50K's format) or metadata.jsonl (Hugging Face's)")
+    command.add_argument("--sheet", type=Path, help="contact sheet to write (default: FOLDER/sheet.png)")
+
+    text = "make a data folder of circles, or of the toy world"
+    command = commands.add_parser("make-data", help=text, formatter_class=cli.Formatter)
+    command.add_argument("folder", type=Path, help="to write, in Fill50K's format")
+    command.add_argument("--count", type=cli.whole(1), default=1000, help="pairs, 1 and up")
+    choices = ("circles", *conditions.NAMES)
+    command.add_argument("--condition", choices=choices, default="circles", help="as Fill50K, or toy scenes with this hint")
+    command.add_argument("--seed", type=cli.whole(0), default=0, help="of the circles, 0 and up")
+
+
+def check_data(args: argparse.Namespace) -> None:
+    pairs = data.read_pairs(args.folder)
+    sheet = args.sheet or args.folder / "sheet.png"
+    cli.check_picture(sheet)
+    found = [text for pair in tqdm(pairs, desc="checking", unit="pair") for text in data.problems(pair)]
+    for text in found:
+        print(text)
+    data.contact_sheet(pairs).save(sheet)
+    print(f"{len(pairs)} pairs, {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}; contact sheet: {sheet}")
+    if found:
+        sys.exit(1)
+
+
+def make_data(args: argparse.Namespace) -> None:
+    cli.check_folder(args.folder)
+    if args.condition == "circles":
+        pairs = data.circles(args.count, args.seed)
+    else:
+        pairs = data.toy_pairs(args.count, args.condition)
+    count = data.write_pairs(args.folder, pairs, args.count)
+    print(f"{args.folder}: {count} pairs; look at them with: minicn check-data {args.folder}")

@@ -1,0 +1,79 @@
+"""`minicn train`: a ControlNet from a data folder."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from minicn.commands import cli, runs
+from minicn.controlnet import ControlNet
+from minicn.pipeline import StableDiffusion
+from minicn.trainer import data, distributed, examples, loop, recording
+from minicn.training import Recipe
+
+
+def add_to(commands) -> None:
+    command = commands.add_parser("train", help="train a ControlNet on a data folder", formatter_class=cli.Formatter)
+    add = command.add_argument
+    add("--model", required=True, help=cli.MODEL)
+    add("--data", type=Path, required=True, help="folder with prompt.json (Fill50K) or metadata.jsonl (Hugging Face)")
+    add("--output", type=Path, required=True, help="folder for weights, log, sheets and checkpoints")
+    runs.add_recipe(add, " ".join(field.name for field in dataclasses.fields(Recipe)), lr_decay=0.0)
+    add("--resolution", type=cli.whole(8), help="pixels a side, a multiple of 8 (default: what the model was trained at)")
+    add("--keep", type=cli.whole(0), default=0, help="older checkpoints to keep")
+    add("--dry-run", action="store_true", help="only print what memory the run would need, predicted and measured")
+    cli.add_tokenizer(add)
+    shown = "pairs, the first of the folder, drawn for validation; 0: none"
+    runs.add_run(add, pictures=4, pictures_help=shown, guidance_scale=9.0)
+
+
+def train(args: argparse.Namespace) -> None:
+    first, device = distributed.init_distributed()[0] == 0, runs.begin(args)
+    pairs, recipe = data.read_pairs(args.data), runs.recipe_of(args)
+    sd = StableDiffusion.load(args.model, device=device, tokenizer=args.tokenizer)
+    size = args.resolution or sd.image_size
+    if size % 8:
+        raise ValueError(f"--resolution is {size}, but must be a multiple of 8")
+    settings = {"data": str(args.data), "pairs": len(pairs), "model": str(args.model), "resolution": size}
+    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings, args.keep)
+    if first and not args.dry_run:
+        run.prepare(args.resume)
+    net = runs.controlnet(args.controlnet, sd, args.seed)
+    if args.dry_run:
+        dry_run(sd, net, recipe, size)
+        return
+    with distributed.first_alone():  # it encodes, the others read
+        encoded = examples.from_pairs(sd, pairs, size, keep=run.encoded)
+    loop.train(
+        sd,
+        net,
+        encoded,
+        validation(sd, pairs[: args.pictures], size, args.guidance_scale) if first and args.pictures else None,
+        run,
+        recipe,
+        score_every=args.score_every,
+        checkpoint_every=args.checkpoint_every,
+        resume=args.resume,
+        pace=cli.pace(args.threads, sd.unet, net),
+    )
+
+
+def validation(sd: StableDiffusion, pairs: list[data.Pair], size: int, guidance_scale: float) -> recording.Validation:
+    """Return what draws the hints of some pairs."""
+    hints, truths = zip(*(data.load_pair(pair, size) for pair in pairs), strict=True)
+    return recording.Validation(sd, list(truths), list(hints), [pair.prompt for pair in pairs], guidance_scale)
+
+
+def dry_run(sd: StableDiffusion, net: ControlNet, recipe: Recipe, size: int) -> None:
+    """Print what a run would need of memory: predicted, then, if this machine has as much, measured over a step."""
+    from minicn.trainer import memory  # its imports take a second
+
+    device, world = sd.device, distributed.init_distributed()[1]
+    predicted, free = memory.predict(sd.unet, net, recipe, size, world, device), memory.free(device)
+    measured = None
+    if free is not None and predicted.peak - predicted.weights < free:
+        sd.prepare(net)
+        measured = memory.measure(sd.unet, net, recipe, size, world, device)
+    print(memory.table(predicted, measured))
+    if measured is None:
+        why = "this system does not report the memory in use" if free is None else f"only {free / 1e6:,.0f} MB are free"
+        print(f"not measured: {why}")

@@ -1,0 +1,207 @@
+"""A training under way, for a loop that says only what a step computes: where it stands, when to look, when to save.
+
+with Progress(run, sd, net, optimizer, recipe, validation) as progress:
+    for step in progress.steps():
+        ...                         # a batch, its loss, the gradients
+        progress.note(loss, batch.samples.tolist())
+        ...                         # the optimiser's step
+        if progress.looking: progress.validate()
+        if progress.saving: progress.save()
+    progress.finish()
+"""
+
+import contextlib
+import dataclasses
+import math
+import statistics
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minicn.checkpoints import files, weights
+from minicn.controlnet import ControlNet
+from minicn.pipeline import StableDiffusion
+from minicn.trainer.distributed import Joint, OneProcess
+from minicn.trainer.recording import Run, StopRequest, Validation, zero_norms
+from minicn.training import Recipe
+
+READ_EVERY = defaultdict(lambda: 20, cpu=1)  # steps between readings of the loss, by the kind of device
+
+
+class Progress:
+    """Counts the steps of a run, looks, saves, and goes on from a checkpoint. Inside `with`, Ctrl-C lets a step end.
+
+    score_every       steps between pictures drawn and scored
+    score_after       steps after which they are, too
+    checkpoint_every  steps between checkpoints
+    spread            how the run is spread over processes, all of which call every method; the first draws and writes
+    scaler            of float16's gradients
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        sd: StableDiffusion,
+        net: ControlNet,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        validation: Validation | None,
+        *,
+        score_every: int = 250,
+        score_after: Sequence[int] = (),
+        checkpoint_every: int = 1000,
+        spread: OneProcess | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ):
+        self.run, self.sd, self.net, self.optimizer, self.recipe = run, sd, net, optimizer, recipe
+        self.validation, self.score_every, self.score_after = validation, score_every, score_after
+        self.checkpoint_every, self.device = checkpoint_every, sd.device
+        self.spread = spread or OneProcess(Joint(sd.unet, net))
+        self.first = self.spread.rank == 0
+        self.parts = {"net": net, "scaler": scaler or torch.amp.GradScaler(sd.device.type, enabled=False)}
+        if recipe.unlock != "none":
+            self.parts["unet"] = sd.unet
+        self.step, self.looking, self.saving, self.stopping = 0, False, False, False
+        self.unread: list[tuple[int, list[int], Tensor]] = []  # step, samples and loss, not yet read from the device
+        self.opened = contextlib.ExitStack()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.opened.close()
+        self.run.release()
+
+    def resume(self) -> None:
+        """Go on from the run's newest checkpoint. Warns if the number of threads has changed since."""
+        state = self.run.load()
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.spread.scatter()
+        self.spread.load_optimizer(self.optimizer, state["optimizer"])
+        self.step = state["step"]
+        before, now = state.get("threads"), torch.get_num_threads()
+        if before not in (None, now):
+            warnings.warn(
+                f"the run so far computed with {before} threads, and continues with {now}: results may differ by rounding; "
+                f"--threads {before} continues as before",
+                stacklevel=1,  # of the package: others' warnings are not shown
+            )
+
+    def steps(self) -> Iterator[int]:
+        """Yield each step that is left, from 1; first of all look at the ControlNet as it starts."""
+        for part in (self.sd.vae, self.sd.text_encoder):  # what they had to say lies in the examples
+            part.to("cpu")
+        self.earlier, self.score = self.run.rows[-1]["seconds"] if self.run.rows else 0.0, "-"
+        if not self.step:
+            self.validate()
+        done, last = self.step, self.recipe.steps
+        bar = {"desc": "training", "unit": "step", "smoothing": 0.05, "disable": not self.first}
+        with self.opened:  # closed by __exit__ if a step fails
+            self.bar = self.opened.enter_context(tqdm(range(done + 1, last + 1), initial=done, total=last, **bar))
+            self.stop = self.opened.enter_context(StopRequest())
+            for step in self.bar:
+                self.step = step
+                self.looking = step % self.score_every == 0 or step in self.score_after or step == last
+                self.saving = step % self.checkpoint_every == 0 or step == last
+                yield step
+                if self.stopping:
+                    return
+
+    def note(self, loss: Tensor, samples: list[int]) -> None:
+        """Keep the loss of the step, and read those so far if it is time. Raises ValueError if one is not finite.
+
+        A graphics card would wait for each number that is read: its queue of work would run empty.
+        """
+        self.unread.append((self.step, samples, loss.detach()))
+        due = self.step % READ_EVERY[self.device.type] == 0
+        if due or self.looking or self.saving or (self.stop.asked and self.spread.world == 1):
+            self.read()
+        if self.step % 20 == 0:
+            self.bar.set_postfix(loss=f"{statistics.fmean(self.run.losses):.4f}", score=self.score, refresh=False)
+
+    def read(self) -> None:
+        """Read the losses of the steps since the last time, and whether to stop."""
+        values, self.stopping = self.spread.total(torch.stack([loss for _, _, loss in self.unread]), self.stop.asked)
+        for (step, samples, _), value in zip(self.unread, values, strict=True):
+            if not math.isfinite(value):
+                kept = self.run.checkpoint
+                kept = f"the last good checkpoint is {kept}" if kept.is_file() else "there is no checkpoint yet"
+                raise ValueError(
+                    f"the loss is {value} at step {step} (samples {', '.join(map(str, samples))}): lower --lr or compute in "
+                    f"float32; {kept}"
+                )
+            self.run.losses.append(value)
+        self.unread.clear()
+        self.saving = self.saving or self.stopping
+
+    def validate(self) -> None:
+        """Draw and score the held-out pictures, and log a row: score, loss since the last row, zero convolutions."""
+        self.spread.gather()
+        if not self.first:
+            return
+        loss = statistics.fmean(self.run.losses or [math.nan])
+        self.run.losses.clear()
+        score, more = math.nan, {}
+        if self.validation is not None:
+            with self.models_on_device():
+                images = self.validation.draw(self.net.eval())
+                score, more = self.validation.score(images), self.validation.losses(self.net)
+                self.net.train()
+                self.run.save_stage(self.step, images)
+        more = {name: float(f"{value:.5g}") for name, value in {**more, **zero_norms(self.net)}.items()}
+        seconds = self.earlier + self.bar.format_dict["elapsed"] if self.step else 0.0
+        self.run.log(step=self.step, loss=round(loss, 5), score=round(score, 4), seconds=round(seconds, 1), **more)
+        if self.validation is not None:
+            self.run.save_sheet(self.validation)
+        self.score = f"{score:.2f}"
+
+    @contextlib.contextmanager
+    def models_on_device(self) -> Iterator[None]:
+        """Inside `with`, all that draws is on the device; then what training does not need leaves it again."""
+        parts = [self.sd.vae, self.sd.text_encoder]
+        if self.spread.learner is not self.spread.joint:
+            parts.append(self.spread.joint)
+        for part in parts:
+            part.to(self.device)
+        yield
+        for part in parts:
+            part.to("cpu")
+
+    def save(self) -> None:
+        """Write the checkpoint: weights, moments, log, and where the run stands."""
+        self.spread.gather()
+        moments = self.spread.optimizer_state(self.optimizer)
+        if self.first:
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            self.run.save(self.step, state | {"optimizer": moments, "threads": torch.get_num_threads()})
+
+    def finish(self) -> None:
+        """Write the weights in both layouts, and say what became of the run.
+
+        Raises KeyboardInterrupt if it was asked to stop before its last step.
+        """
+        self.sd.to(self.device)
+        if self.first:
+            self.net.save(self.run.folder / "controlnet.safetensors")
+            self.net.save(self.run.folder / "diffusers", layout="diffusers")
+            if self.recipe.unlock != "none":
+                save_whole_model(self.sd, self.net, self.run.folder / "model.safetensors")
+            if not self.stopping:
+                self.run.finish()
+        if self.stopping:
+            raise KeyboardInterrupt(f"after step {self.step} of {self.recipe.steps}")
+
+
+def save_whole_model(sd: StableDiffusion, net: ControlNet, path: Path) -> None:
+    """Write Stable Diffusion and ControlNet as one file, in the layout of the official v1.0 files."""
+    models = {"unet": sd.unet, "vae": sd.vae, "text_encoder": sd.text_encoder, "controlnet": net}
+    state = {weights.PREFIXES[kind] + key: t for kind, model in models.items() for key, t in model.state_dict().items()}
+    configs = {kind: dataclasses.asdict(model.cfg) for kind, model in models.items()}
+    configs["controlnet"] = configs["controlnet"]["unet"]
+    files.write(path, state, {"minicn": weights.metadata(configs)})
