@@ -11,19 +11,17 @@ with Progress(run, sd, net, optimizer, recipe, validation) as progress:
 """
 
 import contextlib
-import dataclasses
 import math
 import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicn.checkpoints import files, weights
+from minicn.checkpoints import models
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 from minicn.trainer.distributed import Joint, OneProcess
@@ -191,17 +189,14 @@ class Progress:
             self.net.save(self.run.folder / "controlnet.safetensors")
             self.net.save(self.run.folder / "diffusers", layout="diffusers")
             if self.recipe.unlock != "none":
-                save_whole_model(self.sd, self.net, self.run.folder / "model.safetensors")
+                whole = {
+                    "unet": self.sd.unet,
+                    "vae": self.sd.vae,
+                    "text_encoder": self.sd.text_encoder,
+                    "controlnet": self.net,
+                }
+                models.save_file(whole, self.run.folder / "model.safetensors")
             if not self.stopping:
                 self.run.finish()
         if self.stopping:
             raise KeyboardInterrupt(f"after step {self.step} of {self.recipe.steps}")
-
-
-def save_whole_model(sd: StableDiffusion, net: ControlNet, path: Path) -> None:
-    """Write Stable Diffusion and ControlNet as one file, in the layout of the official v1.0 files."""
-    models = {"unet": sd.unet, "vae": sd.vae, "text_encoder": sd.text_encoder, "controlnet": net}
-    state = {weights.PREFIXES[kind] + key: t for kind, model in models.items() for key, t in model.state_dict().items()}
-    configs = {kind: dataclasses.asdict(model.cfg) for kind, model in models.items()}
-    configs["controlnet"] = configs["controlnet"]["unet"]
-    files.write(path, state, {"minicn": weights.metadata(configs)})
