@@ -19,6 +19,7 @@ from minicn.conditions.images import (
 )
 from minicn.conditions.labels import ade20k, coco_stuff, read_labels
 from minicn.conditions.poses import (
+    BODY_25,
     OPENPIFPAF_COLOURS,
     OPENPIFPAF_LIMBS,
     OPENPOSE_COLOURS,
@@ -38,6 +39,7 @@ NAMES = (
 )
 
 __all__ = [
+    "BODY_25",
     "NAMES",
     "NORMAL_AXES",
     "OPENPIFPAF_COLOURS",
