@@ -534,6 +534,7 @@ def test_the_ledger_counts_what_autograd_keeps():
     recipe = training.Recipe(steps=1, batch_size=2)
     fast.prepare(unet), fast.prepare(net)
     training.apply_regime(unet, net, recipe)
+    fast.prepare(unet), fast.prepare(net)  # as in a run
     own = {p.untyped_storage().data_ptr() for model in (unet, net) for p in model.parameters()}
     batch, kept = memory.example(net, recipe, size, 1, torch.device("cpu")), {}
 
