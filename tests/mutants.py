@@ -244,45 +244,21 @@ BUGS = {
             "test_timestep_embedding_is_cosines_then_sines",
         ),
         (
-            "the mean is not taken off before a norm in channels-last",
-            'if x.device.type == "cpu" and not x.is_contiguous():',
-            'if x.device.type == "none":',
-            "test_group_norm_keeps_its_digits_in_channels_last",
-        ),
-        (
-            "the matrix product swaps rows and columns",
-            ".permute(0, 1, 2, 4, 5, 3).flatten(3)",
-            ".permute(0, 1, 2, 5, 4, 3).flatten(3)",
-            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
-        ),
-        (
-            "going back the matrix product swaps rows and columns",
-            "+= parts[:, :, :, i, j]",
-            "+= parts[:, :, :, j, i]",
-            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
-        ),
-        (
-            "the gradient of the matrix is transposed",
-            ".view(-1, 3, 3, c).permute(0, 3, 1, 2)",
-            ".view(-1, 3, 3, c).permute(0, 3, 2, 1)",
-            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
-        ),
-        (
             "a resnet block has no shortcut",
-            "return self.skip_connection(x) + h",
-            "return h",
+            "return self.skip_connection(x) + self.out_layers(h)",
+            "return self.out_layers(h)",
             "test_a_resnet_block_is_two_convolutions_with_the_time_in_between",
         ),
         (
             "a resnet block does not know the time",
-            "self.out_layers(h + shift[:, :, None, None])",
-            "self.out_layers(h)",
+            "self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]",
+            "self.in_layers(x)",
             "test_every_residual_depends_on_every_input",
         ),
         (
             "time is multiplied, not added",
-            "self.out_layers(h + shift[:, :, None, None])",
-            "self.out_layers(h * shift[:, :, None, None])",
+            "self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]",
+            "self.in_layers(x) * self.emb_layers(emb)[:, :, None, None]",
             "test_a_resnet_block_is_two_convolutions_with_the_time_in_between",
         ),
         (
@@ -296,12 +272,6 @@ BUGS = {
             "x.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
             "x.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)",
             "test_attention_of_the_unet_is_the_softmax_of_its_scores",
-        ),
-        (
-            "values made once for all steps are the keys",
-            "self[module.attn2] = module.attn2.keys_and_values(context)",
-            "self[module.attn2] = module.attn2.keys_and_values(context)[:1] * 2",
-            "test_text_keys_stand_in_for_the_context",
         ),
         (
             "GEGLU's halves are swapped",
@@ -335,15 +305,9 @@ BUGS = {
         ),
         (
             "the transformer has no residual",
-            "return repeat(x, len(h)) + self.proj_out(h)",
+            "return x + self.proj_out(h)",
             "return self.proj_out(h)",
             "test_a_spatial_transformer_is_a_residual_over_all_positions",
-        ),
-        (
-            "halves of guidance are interleaved",
-            "x.repeat(count // len(x), *[1] * (x.ndim - 1))",
-            "x.repeat_interleave(count // len(x), 0)",
-            "test_both_halves_of_guidance_share_what_comes_before_the_text",
         ),
         (
             "downsampling takes the odd pixels",
@@ -364,12 +328,6 @@ BUGS = {
             "test_upsampling_repeats_pixels_and_downsampling_takes_every_second",
         ),
         (
-            "gradient checkpointing is ignored",
-            "if checkpointing and torch.is_grad_enabled():",
-            "if not checkpointing and not torch.is_grad_enabled():",
-            "test_gradient_checkpointing_changes_nothing_but_memory",
-        ),
-        (
             "the last level has attention, too",
             "            if level < len(widths) - 1:\n                layers.append",
             "            if level < len(widths):\n                layers.append",
@@ -377,44 +335,44 @@ BUGS = {
         ),
         (
             "a decoder block takes its skip first",
-            "torch.cat([h, repeat(skips.pop(), len(h))], dim=1)",
-            "torch.cat([repeat(skips.pop(), len(h)), h], dim=1)",
+            "torch.cat([h, skips.pop()], dim=1)",
+            "torch.cat([skips.pop(), h], dim=1)",
             "test_a_decoder_block_takes_what_came_and_then_its_skip",
         ),
         (
             "residuals 1 and 2 are swapped",
-            "zip(skips, control[:-1], strict=True)",
-            "zip(skips, [control[0], control[2], control[1], *control[3:-1]], strict=True)",
+            "zip([*skips, h], control, strict=True))\n",
+            "zip([*skips, h], [control[0], control[2], control[1], *control[3:]], strict=True))\n",
             "test_control_i_enters_at_its_own_block",
         ),
         (
             "the middle residual is dropped",
-            "            h = add(h, control[-1])\n",
-            "",
+            "zip([*skips, h], control, strict=True))\n",
+            "zip([*skips, h], [*control[:-1], None], strict=True))\n",
             "test_control_i_enters_at_its_own_block",
         ),
         (
             "residuals multiply",
-            "return repeat(feature, count) + repeat(residual, count)",
-            "return repeat(feature, count) * repeat(residual, count)",
+            "f if c is None else f + c",
+            "f if c is None else f * c",
             "test_control_is_added_linearly_to_the_features",
         ),
         (
             "a constant is added with the control",
-            "return repeat(feature, count) + repeat(residual, count)",
-            "return repeat(feature, count) + repeat(residual, count) + 1e-3",
+            "f if c is None else f + c",
+            "f if c is None else f + c + 1e-3",
             "test_scale_zero_is_no_control",
         ),
         (
             "the caller's list is emptied (as the official code does)",
-            "h = add(h, control[-1])",
-            "h = add(h, control.pop())",
+            "zip([*skips, h], control, strict=True))\n",
+            "zip([*skips, h], [control.pop(0) for _ in range(13)], strict=True))\n",
             "test_control_is_not_changed_by_the_call",
         ),
         (
             "residuals are changed in place",
-            "return repeat(feature, count) + repeat(residual, count)",
-            "return repeat(residual, count).add_(repeat(feature, count))",
+            "f if c is None else f + c",
+            "f if c is None else c.add_(f)",
             "test_control_is_not_changed_by_the_call",
         ),
         (
@@ -517,20 +475,20 @@ BUGS = {
         ),
         (
             "the hint comes in before the zero convolution of block 0 alone",
-            "self.zero_convs[0](h)]",
-            "self.zero_convs[0](h)]\n        h = h - hint_features",
+            "        features = [h]\n",
+            "        features = [h]\n        h = h - hint_features\n",
             "test_eq9_the_features_join_the_latents_after_their_first_convolution",
         ),
         (
             "no gradient behind the 11 zero convolutions",
-            "None if self.only_middle else zero(h))",
-            "None if self.only_middle else zero(h.detach()))",
+            "None if self.only_middle else zero(f) for",
+            "None if self.only_middle else zero(f.detach()) for",
             "test_eq7_and_eq8_one_step_opens_all_thirteen_connections",
         ),
         (
             "no gradient reaches the middle residual",
-            "control.append(self.middle_block_out(h))",
-            "control.append(self.middle_block_out(h.detach()))",
+            "self.middle_block_out(self.middle_block(h, emb, context))",
+            "self.middle_block_out(self.middle_block(h, emb, context).detach())",
             "test_eq7_and_eq8_one_step_opens_all_thirteen_connections",
         ),
         (
@@ -553,8 +511,8 @@ BUGS = {
         ),
         (
             "two zero convolutions in a row",
-            "nn.Sequential(zero_conv(c)) for c in skips",
-            "nn.Sequential(zero_conv(c), zero_conv(c)) for c in skips",
+            "nn.Sequential(zero_conv(c)) for c in skip_channels",
+            "nn.Sequential(zero_conv(c), zero_conv(c)) for c in skip_channels",
             "test_gradient_wakes_the_controlnet_from_the_outside_in",
         ),
         (
@@ -571,8 +529,8 @@ BUGS = {
         ),
         (
             "the copy's encoder gets no text",
-            "h = run(block, self.gradient_checkpointing, h, emb, context)",
-            "h = run(block, self.gradient_checkpointing, h, emb, 0 * context)",
+            "            h = block(h, emb, context)\n",
+            "            h = block(h, emb, 0 * context)\n",
             "test_every_residual_depends_on_every_input",
         ),
         (
@@ -595,7 +553,7 @@ BUGS = {
         ),
         (
             "the hint encoder keeps PyTorch's first weights",
-            "nn.init.kaiming_normal_(convolution.weight)",
+            "nn.init.kaiming_normal_(layer.weight)",
             "pass",
             "test_a_hint_arrives_at_the_end_of_the_hint_encoder",
         ),
@@ -619,8 +577,8 @@ BUGS = {
         ),
         (
             "the twelve others stay connected",
-            "None if self.only_middle else zero(h))",
-            "zero(h))",
+            "None if self.only_middle else zero(f) for",
+            "zero(f) for",
             "test_middle_alone_is_the_middle_residual_of_all",
         ),
         (
@@ -634,18 +592,6 @@ BUGS = {
             "hint.flip(1) if self.cfg.bgr else hint",
             "hint",
             "test_shuffle_and_bgr_are_read_from_name_and_configuration",
-        ),
-        (
-            "the difference is not added to the U-Net",
-            "whole + state[name].float().view(whole.shape)",
-            "state[name].float().view(whole.shape)",
-            "test_difference_files_are_added_to_the_unet",
-        ),
-        (
-            "what a difference file leaves out becomes zero",
-            "if name in state else whole",
-            "if name in state else 0 * whole",
-            "test_difference_files_are_added_to_the_unet",
         ),
     ],
     "minicn/vae.py": [
@@ -693,8 +639,8 @@ BUGS = {
         ),
         (
             "decoder levels are stored in the order they run",
-            "self.up = nn.ModuleList(reversed(levels))",
-            "self.up = nn.ModuleList(levels)",
+            "for level in reversed(self.up):",
+            "for level in self.up:",
             "test_full_size_models_have_the_published_names_and_shapes",
         ),
         (
@@ -705,8 +651,8 @@ BUGS = {
         ),
         (
             "the encoder skips its attention",
-            "level.downsample(h)\n        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))",
-            "level.downsample(h)\n        h = self.mid.block_2(self.mid.block_1(h))",
+            "self.block_2(self.attn_1(self.block_1(x)))",
+            "self.block_2(self.block_1(x))",
             "test_the_encoder_is_blocks_and_a_last_norm",
         ),
         (
@@ -759,12 +705,7 @@ BUGS = {
             "num_heads: int = 8",
             "test_default_sizes_that_no_weight_shows",
         ),
-        (
-            "CLIP has the exact GELU",
-            "h * torch.sigmoid(1.702 * h)",
-            "F.gelu(h)",
-            "test_the_text_transformer_is_its_formula",
-        ),
+        ("CLIP has the exact GELU", "h * torch.sigmoid(1.702 * h)", "F.gelu(h)", "test_the_text_transformer_is_its_formula"),
         (
             "quick GELU is rounded",
             "torch.sigmoid(1.702 * h)",
@@ -783,38 +724,18 @@ BUGS = {
             "",
             "test_the_text_transformer_is_its_formula",
         ),
-        (
-            "no last LayerNorm",
-            "return self.final_layer_norm(h)",
-            "return h",
-            "test_the_text_transformer_is_its_formula",
-        ),
+        ("no last LayerNorm", "return self.final_layer_norm(h)", "return h", "test_the_text_transformer_is_its_formula"),
         (
             "the text transformer's MLP has no residual",
             "return x + self.mlp(self.layer_norm2(x))",
             "return self.mlp(self.layer_norm2(x))",
             "test_the_text_transformer_is_its_formula",
         ),
-        (
-            "tokens of any type pass",
-            " or tokens.dtype != torch.int64:",
-            ":",
-            "test_tokens_that_do_not_fit_are_refused",
-        ),
+        ("tokens of any type pass", " or tokens.dtype != torch.int64:", ":", "test_tokens_that_do_not_fit_are_refused"),
     ],
     "minicn/tokenizer.py": [
-        (
-            "the table of letters leaves out ~",
-            'ord("~") + 1',
-            'ord("~")',
-            "test_byte_letters_is_the_table_of_gpt2",
-        ),
-        (
-            "byte AD counts as printable",
-            'range(ord("®")',
-            "range(0xAD",
-            "test_byte_letters_is_the_table_of_gpt2",
-        ),
+        ("the table of letters leaves out ~", 'ord("~") + 1', 'ord("~")', "test_byte_letters_is_the_table_of_gpt2"),
+        ("byte AD counts as printable", 'range(ord("®")', "range(0xAD", "test_byte_letters_is_the_table_of_gpt2"),
         (
             "ends of words before bytes",
             '[*letters, *(letter + "</w>" for letter in letters), *',
@@ -839,18 +760,8 @@ BUGS = {
             "html.unescape(ftfy.fix_text(text))",
             "test_words_of_a_prompt",
         ),
-        (
-            "digits stay together",
-            r"[\p{N}]|[^",
-            r"[\p{N}]+|[^",
-            "test_words_of_a_prompt",
-        ),
-        (
-            "no lower case",
-            ".strip().lower()",
-            ".strip()",
-            "test_words_of_a_prompt",
-        ),
+        ("digits stay together", "[\\p{N}]|[^", "[\\p{N}]+|[^", "test_words_of_a_prompt"),
+        ("no lower case", ".strip().lower()", ".strip()", "test_words_of_a_prompt"),
         (
             "letters as latin-1",
             'word.encode("utf-8"))',
@@ -887,22 +798,12 @@ BUGS = {
             "text.splitlines()",
             "test_the_gz_of_openai_is_a_version_line_and_merges",
         ),
-        (
-            "all lines of the gz count",
-            "[: 49408 - 512 - 2]",
-            "",
-            "test_the_gz_goes_on_beyond_what_clip_uses",
-        ),
-        (
-            "a file cut off is a bare EOFError",
-            "(OSError, EOFError, ",
-            "(OSError, ",
-            "test_a_file_that_is_no_gz_is_refused",
-        ),
+        ("all lines of the gz count", "[: 49408 - 512 - 2]", "", "test_the_gz_goes_on_beyond_what_clip_uses"),
+        ("a file cut off is a bare EOFError", "(OSError, EOFError, ", "(OSError, ", "test_a_file_that_is_no_gz_is_refused"),
         (
             "lines of merges are not checked",
-            "if any(len(pair) != 2 for pair in merges):",
-            "if any(len(pair) > 99 for pair in merges):",
+            "if any(len(pair) != 2 for pair in pairs):",
+            "if any(len(pair) > 99 for pair in pairs):",
             "test_lines_that_are_no_pairs_are_refused",
         ),
         (
@@ -949,12 +850,7 @@ BUGS = {
             "for i in reversed(range(-(-NUM_TRAIN_TIMESTEPS // (NUM_TRAIN_TIMESTEPS // num_steps))))]",
             "test_timesteps_of_twenty_and_of_thirty",
         ),
-        (
-            "0 steps are taken",
-            "if not 1 <= num_steps",
-            "if not 0 <= num_steps",
-            "test_timesteps_out_of_range_are_refused",
-        ),
+        ("0 steps are taken", "if not 1 <= num_steps", "if not 0 <= num_steps", "test_timesteps_out_of_range_are_refused"),
         (
             "no roots in the forward process",
             "return abar_t.sqrt() * x_0 + (1 - abar_t).sqrt() * eps",
@@ -1003,68 +899,22 @@ BUGS = {
             "(1 - abar_t)",
             "test_eta_1_is_the_posterior_of_ddpm",
         ),
-        (
-            "eps is not reduced by sigma",
-            "(1 - abar_s - sigma**2)",
-            "(1 - abar_s)",
-            "test_the_variance_is_preserved",
-        ),
+        ("eps is not reduced by sigma", "(1 - abar_s - sigma**2)", "(1 - abar_s)", "test_the_variance_is_preserved"),
         (
             "sigma grows with the square of eta",
             "sigma = eta * (",
             "sigma = eta**2 * (",
             "test_sigma_grows_linearly_with_eta",
         ),
-    ],
-    "minicn/pipeline.py": [
-        (
-            "the seed is ignored",
-            ".manual_seed(seed)",
-            ".manual_seed(0)",
-            "test_a_seed_is_a_picture",
-        ),
-        (
-            "another seed",
-            ".manual_seed(seed)",
-            ".manual_seed(seed + 1)",
-            "test_the_first_noise_is_that_of_the_cpu_generator",
-        ),
-        (
-            "the halves of guidance come in the other order",
-            "[negative_prompt] * n + prompts if guided",
-            "prompts + [negative_prompt] * n if guided",
-            "test_generate_is_guidance_and_ddim_by_hand",
-        ),
         (
             "the next step is one too far",
-            "abar[max(steps[i] - 1000 // num_steps, 0)]",
-            "abar[max(steps[i] - 2 * (1000 // num_steps), 0)]",
+            "max(t - NUM_TRAIN_TIMESTEPS // num_steps, 0)",
+            "max(t - 2 * (NUM_TRAIN_TIMESTEPS // num_steps), 0)",
             "test_generate_is_guidance_and_ddim_by_hand",
         ),
-        (
-            "conditioning_scale is ignored",
-            "self.scales = [scale] * 13",
-            "self.scales = [1.0] * 13",
-            "test_scale_zero_is_no_control_and_another_scale_another_picture",
-        ),
-        (
-            "control runs a step too long",
-            "(i + 1) / num_steps <= control_end",
-            "i / num_steps <= control_end",
-            "test_control_runs_only_in_its_window",
-        ),
-        (
-            "guidance 1 is computed all the same",
-            "guidance_scale != 1",
-            "True",
-            "test_guidance_one_runs_the_model_once_a_step",
-        ),
-        (
-            "eta is ignored",
-            "abar_t, abar_s, eta, torch.randn",
-            "abar_t, abar_s, 0, torch.randn",
-            "test_eta_adds_noise_that_the_seed_fixes",
-        ),
+        ("eta is ignored", "num_steps)], eta, noise)", "num_steps)], 0, noise)", "test_eta_adds_noise_that_the_seed_fixes"),
+    ],
+    "minicn/inputs.py": [
         (
             "the ranges of settings are not checked",
             "    if not (low <= value <= high and math.isfinite(value)):",
@@ -1078,15 +928,54 @@ BUGS = {
             "test_settings_out_of_range_are_named",
         ),
         (
+            "only multiples of 16",
+            "        or height % 8\n",
+            "        or height % 16\n",
+            "test_any_multiple_of_eight_is_drawn",
+        ),
+    ],
+    "minicn/pipeline.py": [
+        ("the seed is ignored", ".manual_seed(seed)", ".manual_seed(0)", "test_a_seed_is_a_picture"),
+        (
+            "another seed",
+            ".manual_seed(seed)",
+            ".manual_seed(seed + 1)",
+            "test_the_first_noise_is_that_of_the_cpu_generator",
+        ),
+        (
+            "the halves of guidance come in the other order",
+            "[negative_prompt] * len(prompts) + prompts if guided",
+            "prompts + [negative_prompt] * len(prompts) if guided",
+            "test_generate_is_guidance_and_ddim_by_hand",
+        ),
+        (
+            "conditioning_scale is ignored",
+            "self.scales = [scale] * 13",
+            "self.scales = [1.0] * 13",
+            "test_scale_zero_is_no_control_and_another_scale_another_picture",
+        ),
+        (
+            "control runs a step too long",
+            "(i + 1) / self.num_steps <= self.running[1]",
+            "i / self.num_steps <= self.running[1]",
+            "test_control_runs_only_in_its_window",
+        ),
+        (
+            "guidance 1 is computed all the same",
+            "guided = guidance_scale != 1\n",
+            "guided = True\n",
+            "test_guidance_one_runs_the_model_once_a_step",
+        ),
+        (
             "the hint's size is not checked",
-            "            check_hint(one, noise)\n",
+            "        check_hint(hint, latents)\n",
             "",
             "test_a_hint_of_another_size_or_range_is_refused",
         ),
         (
             "the second ControlNet is dropped",
-            "total([c.residuals(batch, t, i) for c in controls])",
-            "total([c.residuals(batch, t, i) for c in controls[:1]])",
+            "for control in self.controls if running]",
+            "for control in self.controls[:1] if running]",
             "test_two_controlnets_add_their_residuals",
         ),
         (
@@ -1109,34 +998,17 @@ BUGS = {
         ),
         (
             "denoise is ignored",
-            "begin = num_steps - max(1, round(num_steps * denoise))",
-            "begin = 0",
+            "self.step = steps - max(1, round(steps * denoise))",
+            "self.step = 0",
             "test_an_image_is_kept_the_more_the_less_is_denoised",
         ),
         (
             "the mask is not put back",
-            "return pictures if mask is None else",
-            "return pictures if True else",
+            "if self.image is None or self.mask is None:\n            return pictures",
+            "if True:\n            return pictures",
             "test_outside_the_mask_pixels_come_back_unchanged",
         ),
-        (
-            "vae_dtype is ignored",
-            'precision = vae_dtype or dtype if kind == "vae" else dtype',
-            "precision = dtype",
-            "test_precision_of_autoencoder_and_networks",
-        ),
-        (
-            "NaN goes on",
-            "if not torch.isfinite(x).all():",
-            "if x is None:",
-            "test_nan_names_step_and_remedy",
-        ),
-        (
-            "only multiples of 16",
-            "        or height % 8\n",
-            "        or height % 16\n",
-            "test_any_multiple_of_eight_is_drawn",
-        ),
+        ("NaN goes on", "if not torch.isfinite(eps).all():", "if eps is None:", "test_nan_names_step_and_remedy"),
         (
             "pictures are cut off, not rounded (as ldm does)",
             ".mul(255).round().byte()",
@@ -1223,12 +1095,7 @@ BUGS = {
             "send(noise[: len(samples)], device)",
             "test_the_parts_of_a_batch_are_the_batch",
         ),
-        (
-            "hints in [0, 2]",
-            ".float().div(255)",
-            ".float().div(127.5)",
-            "test_hints_of_a_folder_are_read_as_they_are",
-        ),
+        ("hints in [0, 2]", ".float().div(255)", ".float().div(127.5)", "test_hints_of_a_folder_are_read_as_they_are"),
         (
             "the learning rate falls from the start",
             "(steps - step + 1) / (decay * steps)",
@@ -1259,6 +1126,102 @@ BUGS = {
             '"lr": recipe.lr}]',
             "test_unlocking_moves_what_it_says_and_nothing_else[decoder]",
         ),
+    ],
+    "minicn/fast.py": [
+        (
+            "the mean is not taken off before a norm in channels-last",
+            'if x.device.type == "cpu" and not x.is_contiguous():',
+            'if x.device.type == "none":',
+            "test_group_norm_keeps_its_digits_in_channels_last",
+        ),
+        (
+            "the matrix product swaps rows and columns",
+            ".permute(0, 1, 2, 4, 5, 3).flatten(3)",
+            ".permute(0, 1, 2, 5, 4, 3).flatten(3)",
+            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
+        ),
+        (
+            "going back the matrix product swaps rows and columns",
+            "+= parts[:, :, :, i, j]",
+            "+= parts[:, :, :, j, i]",
+            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
+        ),
+        (
+            "the gradient of the matrix is transposed",
+            ".view(-1, 3, 3, c).permute(0, 3, 1, 2)",
+            ".view(-1, 3, 3, c).permute(0, 3, 2, 1)",
+            "test_a_wide_convolution_of_a_small_map_is_a_matrix_product",
+        ),
+        (
+            "values made once for all steps are the keys",
+            "self.kept = context, super().keys_and_values(context)",
+            "self.kept = context, super().keys_and_values(context)[:1] * 2",
+            "test_the_text_is_read_once_and_gives_the_same_numbers",
+        ),
+        (
+            "halves of guidance are interleaved",
+            "return x.repeat(2, *[1] * (x.ndim - 1))",
+            "return x.repeat_interleave(2, 0)",
+            "test_both_halves_of_guidance_share_what_comes_before_the_text",
+        ),
+        (
+            "gradient checkpointing is ignored",
+            "if torch.is_grad_enabled():\n            return checkpoint",
+            "if not torch.is_grad_enabled():\n            return checkpoint",
+            "test_gradient_checkpointing_changes_nothing_but_memory",
+        ),
+    ],
+    "minicn/checkpoints/models.py": [
+        (
+            "the difference is not added to the U-Net",
+            "whole + state[name].float().view(whole.shape)",
+            "state[name].float().view(whole.shape)",
+            "test_difference_files_are_added_to_the_unet",
+        ),
+        (
+            "what a difference file leaves out becomes zero",
+            "if name in state else whole",
+            "if name in state else 0 * whole",
+            "test_difference_files_are_added_to_the_unet",
+        ),
+        (
+            "vae_dtype is ignored",
+            'precision = vae_dtype or dtype if kind == "vae" else dtype',
+            "precision = dtype",
+            "test_precision_of_autoencoder_and_networks",
+        ),
+    ],
+    "minicn/commands/cli.py": [
+        (
+            "whole numbers have no range",
+            "if value is None or not low <= value <= high:",
+            "if value is None:",
+            "test_train_toy_refuses_in_one_line",
+        ),
+    ],
+    "minicn/trainer/distributed.py": [
+        (
+            "the optimiser starts anew",
+            "        optimizer.load_state_dict(state)\n",
+            "        pass\n",
+            "test_a_stop_within_an_accumulation_loses_nothing",
+        ),
+        (
+            "batches that cannot be shared pass",
+            "if recipe.batch_size % (world * recipe.accumulate):",
+            "if recipe.batch_size < 0:",
+            "test_a_batch_that_cannot_be_shared_is_refused",
+        ),
+    ],
+    "minicn/trainer/examples.py": [
+        (
+            "what was encoded is encoded again",
+            "if keep is not None and keep.is_file():",
+            "if keep is not None and keep.is_dir():",
+            "test_what_was_encoded_is_not_encoded_again",
+        ),
+    ],
+    "minicn/trainer/loop.py": [
         (
             "parts are not weighed by their share",
             "model(batch, abar).sum() / recipe.batch_size",
@@ -1267,27 +1230,35 @@ BUGS = {
         ),
         (
             "every part of a step is the first",
-            "begin = (rank * recipe.accumulate + i) * share",
-            "begin = rank * recipe.accumulate * share",
+            "begin = (spread.rank * recipe.accumulate + i) * share",
+            "begin = spread.rank * recipe.accumulate * share",
             "test_accumulation_gives_the_same_weights",
         ),
         (
             "bfloat16 is float32",
-            'enabled=recipe.precision != "float32")',
-            "enabled=False)",
+            'half = recipe.precision != "float32"',
+            "half = False",
             "test_autocast_keeps_the_weights_in_float32[bfloat16]",
         ),
+        (
+            "gradients are never cleared",
+            "            optimizer.zero_grad()\n",
+            "",
+            "test_a_stop_within_an_accumulation_loses_nothing",
+        ),
+        (
+            "gradient checkpointing is not passed on",
+            "    for module in (sd.unet, net):\n",
+            "    for module in ():\n",
+            "test_gradient_checkpointing_changes_nothing_but_memory",
+        ),
+    ],
+    "minicn/trainer/progress.py": [
         (
             "a loss of NaN goes on",
             "if not math.isfinite(value):",
             "if value is None:",
             "test_nan_stops_with_step_and_samples",
-        ),
-        (
-            "the optimiser starts anew",
-            '        optimizer.load_state_dict(state["optimizer"])\n',
-            "        pass\n",
-            "test_a_stop_within_an_accumulation_loses_nothing",
         ),
         (
             "a checkpoint's weights are not loaded",
@@ -1297,42 +1268,18 @@ BUGS = {
         ),
         (
             "a stop is not heeded",
-            "torch.stack([error for _, _, error in unread]), stop.asked",
-            "torch.stack([error for _, _, error in unread]), False",
-            "test_a_stop_within_an_accumulation_loses_nothing",
-        ),
-        (
-            "gradients are never cleared",
-            "            optimizer.zero_grad()\n",
-            "",
+            "for _, _, loss in self.unread]), self.stop.asked)",
+            "for _, _, loss in self.unread]), False)",
             "test_a_stop_within_an_accumulation_loses_nothing",
         ),
         (
             "only every so many steps are looked at",
-            " or step in score_after or step == recipe.steps\n            saving",
-            "\n            saving",
+            " or step in self.score_after or step == last\n                self.saving",
+            "\n                self.saving",
             "test_pictures_are_drawn_after_the_steps_asked_for",
         ),
-        (
-            "gradient checkpointing is not passed on",
-            "net.gradient_checkpointing = sd.unet.gradient_checkpointing = recipe.gradient_checkpointing",
-            "net.gradient_checkpointing = False",
-            "test_gradient_checkpointing_changes_nothing_but_memory",
-        ),
-        (
-            "batches that cannot be shared pass",
-            "if recipe.batch_size % (world * recipe.accumulate):",
-            "if recipe.batch_size < 0:",
-            "test_a_batch_that_cannot_be_shared_is_refused",
-        ),
-        (
-            "what was encoded is encoded again",
-            "if keep is not None and keep.is_file():",
-            "if keep is not None and keep.is_dir():",
-            "test_what_was_encoded_is_not_encoded_again",
-        ),
     ],
-    "minicn/recording.py": [
+    "minicn/trainer/recording.py": [
         (
             "sensitivity compares a hint with itself",
             "others = hints.roll(1, 0) if n > 1 else torch.zeros_like(hints)",
@@ -1348,12 +1295,6 @@ BUGS = {
     ],
     "train_toy.py": [
         (
-            "whole numbers have no range",
-            'type=count, default=10000, help="optimiser steps, 1 and up"',
-            'type=int, default=10000, help="optimiser steps, 1 and up"',
-            "test_train_toy_refuses_in_one_line",
-        ),
-        (
             "errors are tracebacks",
             "with cli.polite_errors(args.output):",
             "if True:",
@@ -1361,6 +1302,7 @@ BUGS = {
         ),
     ],
 }
+
 MUTANTS = [Mutant(file, *bug) for file, bugs in BUGS.items() for bug in bugs]
 DOZEN = {  # one of each file's most telling, and quick
     "zero layers start as small random values",
