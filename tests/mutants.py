@@ -639,8 +639,8 @@ BUGS = {
         ),
         (
             "decoder levels are stored in the order they run",
-            "for level in reversed(self.up):",
-            "for level in self.up:",
+            "pairs = zip((*widths[1:], widths[-1]), widths, strict=True)\n",
+            "pairs = [*zip((*widths[1:], widths[-1]), widths, strict=True)][::-1]\n",
             "test_full_size_models_have_the_published_names_and_shapes",
         ),
         (
@@ -1122,8 +1122,8 @@ BUGS = {
         ),
         (
             "unlocked parts learn at the rate of the rest",
-            '"lr": recipe.unlock_lr}]',
-            '"lr": recipe.lr}]',
+            "(recipe.lr, recipe.unlock_lr)",
+            "(recipe.lr, recipe.lr)",
             "test_unlocking_moves_what_it_says_and_nothing_else[decoder]",
         ),
     ],
