@@ -3,6 +3,9 @@
 Public names: the models, the pipeline that joins them, and the modules `conditions`, `ddim`, `measures` and `toy`.
 """
 
+import importlib
+import sys
+
 from minicn import threads  # noqa: F401  (before torch is loaded: it bounds how long OpenMP's threads spin)
 
 # isort: split
@@ -36,3 +39,31 @@ __all__ = [
     "zero_linear",
 ]
 __version__ = "0.1.0"
+
+# Compat: where modules lay before they had rooms; `from minicn import hub` still gives them.
+MOVED = {
+    "annotators": "conditions.networks",
+    "captioning": "toy.captioning",
+    "cli": "commands.cli",
+    "conditioning": "conditions.making",
+    "converting": "checkpoints.converting",
+    "data": "trainer.data",
+    "device_check": "commands.check_device",
+    "drawing": "conditions.drawing",
+    "files": "checkpoints.files",
+    "hub": "checkpoints.hub",
+    "judging": "toy.judging",
+    "ledger": "trainer.memory",
+    "palettes": "conditions.palettes",
+    "pretraining": "trainer.pretraining",
+    "recording": "trainer.recording",
+    "sharding": "trainer.distributed",
+    "weights": "checkpoints.weights",
+}
+sys.modules["minicn.measures"] = measures
+
+
+def __getattr__(name: str):
+    if name in MOVED:
+        return importlib.import_module(f"minicn.{MOVED[name]}")
+    raise AttributeError(f"module 'minicn' has no attribute {name!r}")

@@ -2,11 +2,14 @@
 
 import ast
 import graphlib
+import importlib
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+import minicn
 
 PACKAGE = Path(__file__).parents[2] / "minicn"
 BOOK = "unet controlnet vae clip tokenizer ddim inputs fast pipeline training".split()
@@ -95,3 +98,12 @@ def test_what_is_installed_weighs_at_most_40_mb():
     files = {path for pattern in data for path in PACKAGE.glob(pattern) if path.is_file()}
     assert {"canny", "scribble"} == {path.parts[-2] for path in files if "controlnets" in path.parts}
     assert sum(path.stat().st_size for path in files) < 40e6
+
+
+def test_modules_are_still_found_where_they_lay():
+    """Before they had rooms: as attributes of the package, and `measures` as a module of it."""
+    for name, place in minicn.MOVED.items():
+        assert getattr(minicn, name) is importlib.import_module(f"minicn.{place}")
+    assert importlib.import_module("minicn.measures") is minicn.measures
+    with pytest.raises(AttributeError, match="no attribute 'sampler'"):
+        minicn.sampler  # noqa: B018
