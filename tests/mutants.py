@@ -1129,6 +1129,18 @@ BUGS = {
     ],
     "minicn/fast.py": [
         (
+            "an exchanged norm is a thousandth larger",
+            "        return super().forward(x)\n\n\nclass Conv3x3",
+            "        return 1.001 * super().forward(x)\n\n\nclass Conv3x3",
+            "test_without_fast_gradients_are_the_same",
+        ),
+        (
+            "drawing with exchanged layers is another picture",
+            "        h = x[: len(x) // 2]\n",
+            "        h = 1.1 * x[: len(x) // 2]\n",
+            "test_without_fast_everything_is_right_only_slower",
+        ),
+        (
             "the mean is not taken off before a norm in channels-last",
             'if x.device.type == "cpu" and not x.is_contiguous():',
             'if x.device.type == "none":',

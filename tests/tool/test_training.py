@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from PIL import Image
 
 from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConfig, __main__, ddim, fast, toy, training
@@ -227,6 +228,32 @@ def test_two_processes_give_the_weights_of_one(two_processes, examples, tmp_path
 
 
 # Memory and precision
+
+
+@pytest.mark.numbers
+def test_without_fast_gradients_are_the_same(dezero):
+    """Of the models as they stand in their files, and with exchanged layers and recomputed blocks; in float64."""
+    unet = tiny(dezero, **FEW).unet.double()
+    net = dezero(ControlNet.from_unet(unet, hint_channels=(4, 4, 8, 8)))
+    latents, hints, context = (
+        torch.rand(2, *shape).double() for shape in ((4, 16, 16), (3, 128, 128), (77, unet.cfg.context_dim))
+    )
+    batch = training.Batch(
+        torch.arange(2), latents, torch.randn(latents.shape).double(), hints, torch.tensor([10, 900]), context
+    )
+
+    def gradients():
+        net.zero_grad()
+        training.controlnet_loss(unet, net, batch, ddim.alphas_cumprod().double()).mean().backward()
+        return [p.grad for p in net.parameters()]
+
+    plain = gradients()
+    for model in (unet, net):
+        fast.prepare(model)
+        fast.recompute(model)
+    assert {type(m) for model in (unet, net) for m in model.modules()} >= {fast.GroupNorm, fast.RecomputedBlock}
+    for a, b in zip(gradients(), plain, strict=True):
+        assert_close(a, b)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(few, sd, examples, tmp_path):
