@@ -109,9 +109,9 @@ def problems(pair: Pair) -> Iterator[str]:
         yield f"{where}: {pair.hint} has {hint.width}x{hint.height} pixels, but {pair.image} {image.width}x{image.height}"
     pixels = np.asarray(hint)
     if pixels.max() == 0:
-        yield f"{where}: {pair.hint} is all black: it says nothing"
+        yield f"{where}: {pair.hint} is all black: it carries no information"
     elif pixels.min() == pixels.max():
-        yield f"{where}: {pair.hint} is all of one colour: it says nothing"
+        yield f"{where}: {pair.hint} is a single colour: it carries no information"
     elif looks_inverted(pixels):
         yield f"{where}: {pair.hint} looks inverted: lines are white on black in hints"
 
