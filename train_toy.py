@@ -129,9 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         elif alone:
             train_controlnet(args, device)
         else:
-            raise ValueError(
-                "train_toy.py trains a ControlNet in one process: for several use torchrun -m minicn train (--base works here, too)"
-            )
+            raise ValueError("one process trains a ControlNet here: for several use torchrun -m minicn train")
     return 0
 
 
