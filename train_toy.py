@@ -22,7 +22,7 @@ from minicn.trainer import distributed, examples, recording
 from minicn.trainer.progress import Progress
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
-EARLY = (50, 100, 150, 200, 300, 400)  # steps after which to look, too: most conditions begin to follow there
+EARLY = (50, 100, 150, 200, 300, 400)  # further steps after which to validate: most conditions begin to follow there
 
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         elif alone:
             train_controlnet(args, device)
         else:
-            raise ValueError("train_toy.py trains a ControlNet in one process: several run `minicn train`, or --base here")
+            raise ValueError("one process trains a ControlNet here: for several use torchrun -m minicn train")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`minicn check-device`: does this device compute what the CPU does, and how fast? A report for machines that we lack.
+"""`minicn check-device`: does this device compute what the CPU does, and how fast? A report from machines we do not have.
 
 The toy's picture is compared with the CPU's in float64, which MPS has not; a short training, by the trainer itself, with
 the CPU's in float32. The limits stand in LIMITS, with what was measured on CPUs. Left out: full width, several processes.
@@ -65,7 +65,7 @@ def check_device(args: argparse.Namespace) -> None:
 
 @dataclass
 class Row:
-    """A comparison: what, how far off (None: nothing came), the limit, and why that."""
+    """A comparison: what, how far off (None: an error), the limit, and why that."""
 
     what: str
     off: float | None
@@ -252,10 +252,10 @@ def check(device: torch.device, num_steps: int = 10, steps: int = 20, early: int
 
 def report(device: torch.device, rows: list[Row], times: list, halves: list[str], num_steps: int) -> str:
     """Return the Markdown that people paste into an issue: machine, comparisons, times."""
-    lacking = [name for name in ("bfloat16", "float16") if name not in halves]
+    missing = [name for name in ("bfloat16", "float16") if name not in halves]
     lines = [f"### minicn check-device: {device.type}, {sum(row.holds for row in rows)} of {len(rows)} comparisons hold", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in machine(device).items())]
-    lines += [f"| not on this device | {', '.join(lacking)} |"] if lacking else []
+    lines += [f"| not on this device | {', '.join(missing)} |"] if missing else []
     lines += ["", "| against the CPU | off by | at most | verdict | why that much, or what went wrong |"]
     lines += ["| --- | --- | --- | --- | --- |", *map(str, rows), ""]
     lines += ["| seconds, float32 as PyTorch is set | CPU | device |", "| --- | --- | --- |"]

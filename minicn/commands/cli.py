@@ -33,7 +33,7 @@ def parser(**settings) -> argparse.ArgumentParser:
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default behind each option, but not where the help says it already, or there is none."""
+    """Show the default behind each option, unless the help states it already, or there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default is None or action.default is False or "(default" in (action.help or ""):
@@ -139,7 +139,7 @@ def check_picture(path: Path) -> None:
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"output {path} exists and is not writable: name another file")
     if not path.parent.is_dir():
-        raise ValueError(f"output {path} lies in no existing folder: make {path.parent} first")
+        raise ValueError(f"output {path} is in a folder that does not exist: make {path.parent} first")
     check_folder(path.parent)
 
 

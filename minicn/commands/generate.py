@@ -68,7 +68,7 @@ def add_sampling(add: Callable) -> None:
     add("--num-steps", type=cli.whole(1, 1000), default=20, help="DDIM steps, 1 to 1000")
     add("--guidance-scale", type=SCALE, default=9.0, help="how strongly the prompt counts, 0 to 100; 1 is off")
     add("--image", type=Path, help="picture to start from")
-    add("--mask", type=Path, help="picture, white where --image is to be drawn anew; the rest comes back unchanged")
+    add("--mask", type=Path, help="picture, white where --image is redrawn; the rest stays unchanged")
     add("--denoise", type=SHARE, default=1.0, help="with --image: share of the steps to run, above 0 to 1")
     add("--eta", type=SHARE, default=0.0, help="noise added at each step, 0 (DDIM) to 1 (DDPM)")
     add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of the initial noise, 0 and up")
@@ -158,7 +158,7 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, list[ControlNet]]:
 
 
 def prompt_of(args: argparse.Namespace, sd: StableDiffusion) -> tuple[str | Callable[[Image.Image], str], list[str]]:
-    """Return the prompt, or what makes one of a picture, and the list in which it keeps what it said."""
+    """Return the prompt, or a function that captions a picture, and the list in which that one keeps its captions."""
     captions = []
     if args.prompt_setting != "automatic":
         return {"user": args.prompt, "none": "", "default": DEFAULT_PROMPT}[args.prompt_setting], captions

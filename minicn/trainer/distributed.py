@@ -111,7 +111,7 @@ class Replicas(OneProcess):
 class Shards(Replicas):
     """Each process has a part of the model (FSDP2): for `--unlock all`, where weights, gradients and moments are the memory.
 
-    A block is whole only while it computes. `joint` lies on the CPU.
+    A block is gathered only while it computes. `joint` stays on the CPU.
     """
 
     def __init__(self, joint: Joint):
@@ -119,7 +119,7 @@ class Shards(Replicas):
 
         OneProcess.__init__(self, joint)
         self.rank, self.world = init_distributed()
-        model = copy.deepcopy(joint.to("cpu")).to(memory_format=torch.contiguous_format)  # as FSDP wants it
+        model = copy.deepcopy(joint.to("cpu")).to(memory_format=torch.contiguous_format)  # as FSDP requires
         for part in (model.unet, model.net):
             for block in (*part.input_blocks, part.middle_block, *getattr(part, "output_blocks", ())):
                 fully_shard(block)

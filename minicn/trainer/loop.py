@@ -108,7 +108,7 @@ def autocast(device: torch.device, recipe: Recipe) -> torch.autocast:
 
 
 def fused(device: torch.device, recipe: Recipe) -> bool:
-    """Tell whether AdamW may take its step in one kernel there.
+    """Tell whether AdamW may use its fused kernel on a device.
 
     Numerics: MPS's ignored the scale of float16's gradients, and infinite ones, until June 2026 (pytorch pull 186360).
     """

@@ -1,7 +1,7 @@
 """What a training run needs of memory, before it begins: `minicn train --dry-run`.
 
 Predicted: a step on tensors that have shapes but no numbers (PyTorch's FakeTensorMode), counting what is alive. Then
-measured: the same step with numbers, by what the device, or on CPUs the operating system, says.
+measured: the same step with numbers, by what the device, or on CPUs the operating system, reports.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Ledger:
 
 
 class Living(TorchDispatchMode):
-    """Inside `with`, count the bytes of tensors that come to life and go: `now`, and `most` since it was last set."""
+    """Inside `with`, count the bytes of live tensors: `now`, and `most` since it was last set."""
 
     def __init__(self, before: Iterable[torch.Tensor]):
         super().__init__()

@@ -32,7 +32,7 @@ READ_EVERY = defaultdict(lambda: 20, cpu=1)  # steps between readings of the los
 
 
 class Progress:
-    """Counts the steps of a run, looks, saves, and goes on from a checkpoint. Inside `with`, Ctrl-C lets a step end.
+    """Counts the steps of a run, validates, saves, and resumes from a checkpoint. Inside `with`, Ctrl-C lets a step finish.
 
     score_every       steps between pictures drawn and scored
     score_after       steps after which they are, too
@@ -92,8 +92,8 @@ class Progress:
             )
 
     def steps(self) -> Iterator[int]:
-        """Yield each step that is left, from 1; first of all look at the ControlNet as it starts."""
-        for part in (self.sd.vae, self.sd.text_encoder):  # what they had to say lies in the examples
+        """Yield each remaining step, from 1; before the first, validate the ControlNet as it starts."""
+        for part in (self.sd.vae, self.sd.text_encoder):  # the examples hold their results
             part.to("cpu")
         self.earlier, self.score = self.run.rows[-1]["seconds"] if self.run.rows else 0.0, "-"
         if not self.step:
@@ -114,7 +114,7 @@ class Progress:
     def note(self, loss: Tensor, samples: list[int]) -> None:
         """Keep the loss of the step, and read those so far if it is time. Raises ValueError if one is not finite.
 
-        A graphics card would wait for each number that is read: its queue of work would run empty.
+        Reading a number makes a GPU wait for it and its queue run empty, so there losses are read in batches.
         """
         self.unread.append((self.step, samples, loss.detach()))
         due = self.step % READ_EVERY[self.device.type] == 0
@@ -180,7 +180,7 @@ class Progress:
             self.run.save(self.step, state | {"optimizer": moments, "threads": torch.get_num_threads()})
 
     def finish(self) -> None:
-        """Write the weights in both layouts, and say what became of the run.
+        """Write the weights in both layouts, and print the outcome of the run.
 
         Raises KeyboardInterrupt if it was asked to stop before its last step.
         """

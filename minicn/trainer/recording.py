@@ -145,7 +145,7 @@ def save_whole(state: dict, path: Path) -> None:
 
 
 def check_resume(checkpoint: Path, resume: bool) -> None:
-    """Raise an error if there is a checkpoint that nobody asked to resume, or none where somebody did."""
+    """Raise ValueError for a checkpoint without `resume`, FileNotFoundError for `resume` without a checkpoint."""
     if checkpoint.is_file() and not resume:
         raise ValueError(f"{checkpoint.parent} already holds a run: --resume continues it, another --output starts anew")
     if resume and not checkpoint.is_file():
@@ -171,7 +171,7 @@ class Run:
 
     @property
     def encoded(self) -> Path:
-        """Latents and text features of a data folder, for `resume`."""
+        """Latents and text features of a data folder, for --resume."""
         return self.folder / "encoded.safetensors"
 
     def prepare(self, resume: bool) -> None:
@@ -196,7 +196,7 @@ class Run:
             self._lock.close()
 
     def save(self, step: int, state: dict) -> None:
-        """Write the checkpoint; keep as many older ones as asked for. `state` is what `resume` is to give back."""
+        """Write the checkpoint; keep as many older ones as asked for. `load` returns `state` again."""
         before = self.checkpoint.is_file() and self.keep
         if before:
             done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
@@ -294,7 +294,7 @@ class Run:
         return self.folder / "curve.png"
 
     def finish(self) -> None:
-        """Draw the curve and say what became of the run."""
+        """Draw the curve and print the outcome of the run."""
         self.save_curve()
         print(self.verdict())
         print(f"Weights: {self.folder / 'controlnet.safetensors'}, and for diffusers {self.folder / 'diffusers'}")
@@ -302,7 +302,7 @@ class Run:
     def verdict(self) -> str:
         """Say in a sentence at which step the ControlNet began to follow."""
         if math.isnan(self.rows[-1]["score"]):
-            return "No picture was drawn on the way, so nothing can be said about following."
+            return "No validation picture was drawn, so it is unknown whether it follows."
         for before, row in zip(self.rows, self.rows[1:], strict=False):
             if row["score"] >= FOLLOWS:
                 return (

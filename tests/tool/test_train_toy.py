@@ -69,7 +69,7 @@ def test_the_loop_on_the_page_is_the_engines(tmp_path):
 
 def test_several_processes_are_sent_to_the_engine(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(train_toy.distributed, "init_distributed", lambda: (0, 2))
-    assert "several run `minicn train`" in refused(train, tmp_path / "out")
+    assert "for several use torchrun -m minicn train" in refused(train, tmp_path / "out")
 
 
 def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
@@ -250,7 +250,7 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["--output", "{tmp}"], "is a folder"),
-        (["--output", "{tmp}/none/out.png"], "no existing folder"),
+        (["--output", "{tmp}/none/out.png"], "a folder that does not exist"),
         (["--output", "{tmp}/out.xyz"], "no extension of a writable picture format"),
         (["--output", "{tmp}/out.psd"], "no extension of a writable picture format"),
         (["--output", "{tmp}/out.png", "--num-steps", "0"], "expected an integer from 1 to 1000, got '0'"),
