@@ -40,7 +40,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     # 2. The trainable copy of its encoder, joined to it by zero convolutions; or one that was trained before.
     net = runs.controlnet(args.controlnet, sd, args.seed, hint_channels=HINT_CHANNELS)
     sd.prepare()
-    fast.prepare(net.train())
+    fast.prepare(net.train().to(memory_format=fast.layout(device)))
     optimizer = torch.optim.AdamW(training.apply_regime(sd.unet, net, recipe), weight_decay=0.01, fused=True)
 
     # 3. Predict the noise; let the gradient through the locked decoder into the copy; repeat.

@@ -167,14 +167,14 @@ class ControlNet(nn.Module):
     def residuals(self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:
         """Do what `forward` does from hint_features (B, C, h, w), E(hint): a sampler computes that once, not every step."""
         check_inputs(self.cfg.unet, x, timesteps, context)
-        emb = self.time_embed(timesteps)
-        # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after.
-        h = self.input_blocks[0](x, emb, context) + hint_features
-        features = [h]
-        for block in self.input_blocks[1:]:
+        h, emb, control = x, self.time_embed(timesteps), []
+        for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
             h = block(h, emb, context)
-            features.append(h)
-        control = [None if self.only_middle else zero(f) for zero, f in zip(self.zero_convs, features, strict=True)]
+            if (
+                i == 0
+            ):  # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after
+                h = h + hint_features
+            control.append(None if self.only_middle else zero(h))
         control.append(self.middle_block_out(self.middle_block(h, emb, context)))
         if self.cfg.global_pool:
             control = [c if c is None else c.mean((2, 3), keepdim=True) for c in control]

@@ -37,6 +37,7 @@ def prepare(model: nn.Module) -> None:
             module.__class__ = Conv3x3
     for parameter in model.parameters():
         if parameter.ndim == 4:
+            # Numerics: 1x1 weights fit both layouts and keep their strides, by which PyTorch may choose another kernel.
             parameter.data = parameter.data.contiguous(memory_format=layout(parameter.device))
 
 

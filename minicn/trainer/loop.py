@@ -71,7 +71,7 @@ def train(
 def prepare(sd: StableDiffusion, net: ControlNet, recipe: Recipe) -> ControlNet:
     """Make both models fast, or small where the recipe says so; return the ControlNet."""
     sd.prepare()
-    fast.prepare(net.train())
+    fast.prepare(net.train().to(memory_format=fast.layout(sd.device)))
     for module in (sd.unet, net):
         fast.recompute(module, recipe.gradient_checkpointing)
     return net
