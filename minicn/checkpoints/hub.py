@@ -38,7 +38,7 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
         return path
     parts = text.split("/")
     if not isinstance(source, str) or not REPOSITORY.fullmatch("/".join(parts[:2])) or ".." in parts or "" in parts:
-        raise FileNotFoundError(f'{source} is not a file or folder: name one, a Hugging Face repository (owner/name), or "toy"')
+        raise FileNotFoundError(f'{source} is not a file or folder: name one, a Hugging Face repository (owner/name), "toy"')
     if len(parts) > 2:
         return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
     dot = f".{variant}" if variant else ""
@@ -100,4 +100,4 @@ def _hub(what: str):
 
 def _not_had(what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:160]
-    return f"{what} is not a file or folder here, is not in the cache, and cannot be fetched ({type(error).__name__}: {reason})"
+    return f"{what} is not a file or folder here, not in the cache, and cannot be fetched ({type(error).__name__}: {reason})"

@@ -56,9 +56,7 @@ def load_model(
                 f"{found.file.path} holds a moving average (EMA) of only a part ({lost[0]} is missing): leave out ema"
             )
         using, other = ("EMA", "non-EMA") if ema else ("non-EMA", "EMA")
-        warnings.warn(
-            f"{found.file.path} holds the U-Net twice: the {using} weights are used, not the {other} ones (ema)", stacklevel=3
-        )
+        warnings.warn(f"{found.file.path} holds the U-Net twice: {using} weights are used, not {other} (ema)", stacklevel=3)
         keys = found.ema if ema else keys
     elif kind == "unet" and ema:
         raise ValueError(f"{found.file.path} holds no moving average (EMA) of the weights: leave out ema")
@@ -126,7 +124,7 @@ def load_stable_diffusion(
         models[kind] = load_model(kind, found or path / kind, precision, device, variant, ema and kind == "unet")
     size = models["text_encoder"].cfg.vocab_size
     if not all(isinstance(i, int) and 0 <= i < size for i in words.vocab.values()):
-        raise ValueError(f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: use the model's own")
+        raise ValueError(f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: use its own")
     return {**models, "tokenizer": words}
 
 
