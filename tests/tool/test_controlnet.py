@@ -142,7 +142,7 @@ BAD_CONTROLS = {
     "reversed": (lambda c: c[::-1], r"control\[0\] has shape \(2, 32, 1, 2\), but the model needs \(2, 8, 8, 16\)"),
     "other size": (
         lambda c: [*c[:3], c[3][..., :-1], *c[4:]],
-        r"control\[3\] has shape \(2, 8, 4, 7\), but the model needs \(2, 8, 4, 8\): use a ControlNet of this U-Net",
+        r"control\[3\] has shape \(2, 8, 4, 7\), but the model needs \(2, 8, 4, 8\): use a ControlNet with this U-Net",
     ),
     "other batch": (
         lambda c: [*c[:12], c[12].expand(2, -1, -1, -1).repeat(2, 1, 1, 1)],
