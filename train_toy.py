@@ -22,7 +22,7 @@ from minicn.trainer import distributed, examples, recording
 from minicn.trainer.progress import Progress
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
-EARLY = (50, 100, 150, 200, 300, 400)  # further steps after which to validate: most conditions begin to follow there
+EARLY = (50, 100, 150, 200, 300, 400)  # extra steps after which to validate: most conditions begin to follow there
 
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
@@ -37,13 +37,13 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     data = examples.from_scenes(sd, toy.scenes(scenes, "train", args.condition), args.condition)
     validation = held_out(sd, args) if args.pictures else None
 
-    # 2. The trainable copy of its encoder, joined to it by zero convolutions; or one that was trained before.
+    # 2. The trainable copy of its encoder, joined to it by zero convolutions; or a pretrained one.
     net = runs.controlnet(args.controlnet, sd, args.seed, hint_channels=HINT_CHANNELS)
     sd.prepare()
     fast.prepare(net.train().to(memory_format=fast.layout(device)))
     optimizer = torch.optim.AdamW(training.apply_regime(sd.unet, net, recipe), weight_decay=0.01, fused=True)
 
-    # 3. Predict the noise; let the gradient through the locked decoder into the copy; repeat.
+    # 3. Predict the noise; let the gradient flow through the locked decoder into the copy; repeat.
     when = {"score_every": args.score_every, "score_after": EARLY, "checkpoint_every": args.checkpoint_every}
     pace, abar = cli.pace(args.threads, sd.unet, net), sd.alphas_cumprod.to(device)
     with Progress(run, sd, net, optimizer, recipe, validation, **when) as progress:
@@ -66,7 +66,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def held_out(sd: StableDiffusion, args: argparse.Namespace) -> recording.Validation:
-    """Return what draws scenes that no training sees, and scores how well they follow."""
+    """Return the validation, which draws held-out scenes and scores how well they follow."""
     scenes = list(toy.scenes(args.pictures, "test", args.condition))
     pictures, hints = [scene.image for scene in scenes], [scene.hint(args.condition) for scene in scenes]
     captions, measure = [scene.caption for scene in scenes], measures.measure(args.condition)
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     depends = {"batch_size": "4, with --base 32", "lr": "3e-4, with --base 1e-3"}
     runs.add_recipe(add, names, steps=10000, unlock_lr=1e-4, **depends)
     add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
-    pictures = "held-out scenes that are drawn and scored on the way; 0: none"
+    pictures = "held-out scenes that are drawn and scored during training; 0: none"
     runs.add_run(add, pictures=16, pictures_help=pictures, guidance_scale=3.0)
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         elif alone:
             train_controlnet(args, device)
         else:
-            raise ValueError("one process trains a ControlNet here: for several use torchrun -m minicn train")
+            raise ValueError("train_toy.py trains a ControlNet in one process: for several, use `minicn train`, or --base")
     return 0
 
 

@@ -31,7 +31,7 @@ def child(steps: int, fixed: bool) -> None:
     # isort: split
     import torch
 
-    from minicn import ControlNet, StableDiffusion, training
+    from minicn import ControlNet, StableDiffusion, fast, training
     from minicn.commands import cli
 
     torch.set_flush_denormal(True)
@@ -39,6 +39,7 @@ def child(steps: int, fixed: bool) -> None:
     sd = StableDiffusion.load("toy")
     sd.prepare()
     net = ControlNet.from_unet(sd.unet, hint_channels=(8, 16, 32, 64)).train().to(memory_format=torch.channels_last)
+    fast.prepare(net)
     optimizer = torch.optim.AdamW(training.apply_regime(sd.unet, net, training.Recipe(steps=1)), fused=True)
     context = sd.encode_prompts(["a red ball", ""]).float()
     examples = training.Examples(

@@ -40,7 +40,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Compat: where modules lay before they had rooms; `from minicn import hub` still gives them.
+# Compat: where modules were before they had subpackages; `from minicn import hub` still works.
 MOVED = {
     "annotators": "conditions.networks",
     "captioning": "toy.captioning",

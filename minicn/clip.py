@@ -24,7 +24,7 @@ class TextConfig:
 
 
 class Embeddings(nn.Module):
-    """Token plus position."""
+    """Token plus position embeddings."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
@@ -36,7 +36,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of each token to itself and those before it."""
+    """Causal multi-head attention: each token attends to itself and those before it."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
@@ -70,7 +70,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each behind a LayerNorm, with a residual."""
+    """Attention and MLP, each after a LayerNorm, with a residual connection."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
@@ -85,7 +85,7 @@ class Layer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Embeddings, layers, a last LayerNorm."""
+    """Embeddings, layers, a final LayerNorm."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()

@@ -19,8 +19,8 @@ from minicn.unet import UNet, UNetConfig, build_encoder, check_inputs, zero_modu
 def zero_conv(c_in: int, c_out: int | None = None, kernel_size: int = 1) -> nn.Conv2d:
     """Return a zero convolution, eq. (5): weight and bias start at zero.
 
-    Its output is zero at first, yet its weight's gradient is its input times the gradient behind it, eq. (6). So after one
-    step of gradient descent the weight is not zero, eq. (7), and passes gradients on to what is before it, eq. (8).
+    Its output is zero at first, yet its weight's gradient is its input times the upstream gradient, eq. (6). So after one
+    step of gradient descent the weight is not zero, eq. (7), and gradients reach the layers before it, eq. (8).
     """
     return zero_module(nn.Conv2d(c_in, c_out or c_in, kernel_size, padding=kernel_size // 2))
 
@@ -33,7 +33,7 @@ def zero_linear(dim_in: int, dim_out: int | None = None) -> nn.Linear:
 class ControlledBlock(nn.Module):
     """Eq. (2): y_c = F(x; T) + Z(F(x + Z(c; T_z1); T_c); T_z2), for any block F.
 
-    block  any nn.Module of one tensor (further arguments are passed on); it is locked, and a copy of it learns.
+    block  any nn.Module that takes a tensor (further arguments are passed on); it is locked, and a copy of it is trained
     c_in, c_out  widths of x and of F(x)
     zero   makes the zero convolutions: `zero_conv` for maps, `zero_linear` for tokens
     """
@@ -49,7 +49,7 @@ class ControlledBlock(nn.Module):
 
     def train(self, mode: bool = True) -> "ControlledBlock":
         super().train(mode)
-        self.locked.eval()  # a locked batch norm must not go on counting
+        self.locked.eval()  # a locked batch norm must not update its statistics
         return self
 
     def forward(self, x: Tensor, c: Tensor, *args) -> Tensor:
@@ -63,17 +63,17 @@ class ControlNetConfig:
     """Shape of a ControlNet; the defaults are the published ones for Stable Diffusion 1.5."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
-    hint_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths of the hint encoder, at 1, 1/2, 1/4, 1/8 of the size
+    hint_channels: tuple[int, ...] = (16, 32, 96, 256)  # widths of the hint encoder, at 1, 1/2, 1/4, 1/8 resolution
     paper_hint_encoder: bool = False  # the 4x4 convolutions that the paper describes
     global_pool: bool = False  # residuals averaged over all positions, as in v1.1's "shuffle"
-    bgr: bool = False  # trained on hints with blue first
+    bgr: bool = False  # trained on hints in BGR order
 
 
 def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False) -> nn.Sequential:
     """Return E of c_f = E(c_i), eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
 
     Paper vs code: the paper describes 4x4 stride-2 convolutions with ReLU; the released weights were trained with eight
-    3x3 ones and SiLU, three of stride 2. The weights decide; `paper=True` is the paper's. (It writes of four widths, 16
+    3x3 ones and SiLU, three of stride 2. The weights decide; `paper=True` gives the paper's. (It lists four widths, 16
     to 128, which would shrink 512 pixels to 32, not 64; three reach the latents' size.)
     """
     if paper:
@@ -90,11 +90,11 @@ def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), pape
 
 
 def init_he(layers: list[nn.Module]) -> list[nn.Module]:
-    """Give convolutions their first weights, of He et al., arXiv:1502.01852, by which a signal keeps its size.
+    """Give convolutions the initial weights of He et al., arXiv:1502.01852, which preserve the scale of a signal.
 
-    Paper vs code: the released training code leaves them as PyTorch makes them, by which the difference between two
-    hints reaches the end several thousand times smaller, and has to be grown first: on the toy a ControlNet for depth
-    then begins to follow after 2500 steps instead of 150 (the two logs in toy/controlnets/depth).
+    Paper vs code: the released training code keeps PyTorch's default initialisation, under which the difference between
+    two hints arrives at the end several thousand times smaller, and must be amplified first: on the toy a ControlNet
+    for depth then begins to follow after 2500 steps instead of 150 (both logs are in toy/controlnets/depth).
     """
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
@@ -119,10 +119,10 @@ class ControlNet(nn.Module):
     def from_unet(
         cls, unet: UNet, *, hint_channels: tuple[int, ...] = (16, 32, 96, 256), paper_hint_encoder: bool = False
     ) -> "ControlNet":
-        """Make the trainable copy of a U-Net's encoder, in its dtype and on its device; the U-Net is left as it is."""
+        """Make the trainable copy of a U-Net's encoder, in its dtype and on its device; the U-Net is left unchanged."""
         net = cls(ControlNetConfig(unet.cfg, hint_channels, paper_hint_encoder))
         for part in ("time_embed", "input_blocks", "middle_block"):
-            # Numerics: a deep copy keeps the memory layout, too, so that the copy computes the same bits.
+            # Numerics: a deep copy also keeps the memory layout, so that its results are equal bit for bit.
             setattr(net, part, copy.deepcopy(getattr(unet, part)).requires_grad_(True))
         like = next(unet.parameters())
         return net.to(like.device, like.dtype)
@@ -165,15 +165,13 @@ class ControlNet(nn.Module):
         return self.input_hint_block(hint.flip(1) if self.cfg.bgr else hint)
 
     def residuals(self, x: Tensor, hint_features: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:
-        """Do what `forward` does from hint_features (B, C, h, w), E(hint): a sampler computes that once, not every step."""
+        """Do what `forward` does, given hint_features (B, C, h, w), E(hint), which a sampler computes once for all steps."""
         check_inputs(self.cfg.unet, x, timesteps, context)
         h, emb, control = x, self.time_embed(timesteps), []
         for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs, strict=True)):
             h = block(h, emb, context)
-            if (
-                i == 0
-            ):  # Paper vs code: the figure adds the hint to x before the first convolution; the weights want it after
-                h = h + hint_features
+            # Paper vs code: the figure adds the hint to x before the first convolution; the weights expect it after.
+            h = h + hint_features if i == 0 else h
             control.append(None if self.only_middle else zero(h))
         control.append(self.middle_block_out(self.middle_block(h, emb, context)))
         if self.cfg.global_pool:
@@ -182,9 +180,9 @@ class ControlNet(nn.Module):
 
 
 def check_hint(hint: Tensor, latents: Tensor) -> None:
-    """Raise ValueError for a hint of another shape than (B, 3, 8h, 8w).
+    """Raise ValueError for a hint of any shape other than (B, 3, 8h, 8w).
 
-    The stride-2 convolutions alone would take 121 to 128 pixels for 16 latents, and shift the geometry silently.
+    The stride-2 convolutions alone would accept 121 to 128 pixels for 16 latents, and silently shift the geometry.
     """
     if hint.ndim != 4 or hint.shape[1] != 3:
         raise ValueError(

@@ -16,7 +16,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 def alphas_cumprod() -> Tensor:
     """Return abar_t for t = 0..999, (1000,) float32, decreasing from 0.99915 to 0.00466.
 
-    Stable Diffusion's "scaled linear" schedule: the root of beta grows evenly from that of 0.00085 to that of 0.012.
+    Stable Diffusion's "scaled linear" schedule: sqrt(beta) grows linearly from sqrt(0.00085) to sqrt(0.012).
     Numerics: computed in float64 and then cast, as ldm does; diffusers computes in float32, up to 9.3e-7 off.
     """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TRAIN_TIMESTEPS, dtype=torch.float64) ** 2
@@ -41,8 +41,8 @@ def guide(eps_uncond: Tensor, eps_cond: Tensor, guidance_scale: float) -> Tensor
 def timesteps(num_steps: int) -> list[int]:
     """Return the steps that a sampler of `num_steps` steps visits, noisiest first: 951, 901, ..., 1 for 20.
 
-    They are 1000 // num_steps apart and end at 1, as in Stable Diffusion. With 1000 steps that would begin at 1000, one
-    past the schedule (where ldm and diffusers crash), so these end at 0.
+    They are 1000 // num_steps apart and end at 1, as in Stable Diffusion. 1000 steps would then begin at 1000, one past
+    the schedule (where ldm and diffusers crash), so these end at 0.
     Raises ValueError for fewer than 1 or more than 1000.
     """
     if not 1 <= num_steps <= NUM_TRAIN_TIMESTEPS:
@@ -66,7 +66,7 @@ def ddim_step(
     if eta == 0:
         return abar_s.sqrt() * x_0 + (1 - abar_s).sqrt() * eps
     if noise is None:
-        raise ValueError(f"eta is {eta}, but no noise came: give standard normal noise shaped like x_t, or eta 0")
+        raise ValueError(f"eta is {eta}, but noise is missing: give standard normal noise shaped like x_t, or eta 0")
     sigma = eta * ((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s)).sqrt()
     return abar_s.sqrt() * x_0 + (1 - abar_s - sigma**2).clamp(min=0).sqrt() * eps + sigma * noise
 
@@ -84,11 +84,11 @@ def sample(
 ) -> Tensor:
     """Return clean latents (B, 4, h, w) from noisy ones x, by the DDIM sampler.
 
-    predict    gives the noise in x at timestep t, in step i of num_steps: eps = predict(x, t, i)
+    predict    predicts the noise in x at timestep t, in step i of num_steps: eps = predict(x, t, i)
     x          (B, 4, h, w)  float32; at step 0 pure noise
     abar       (1000,)       alphas_cumprod
-    begin      the first step, 0 to num_steps - 1, where x is an image that was noised so far
-    eta        0 is DDIM; 1 adds as much noise as DDPM does, of `generator`, on the CPU
+    begin      the first step, 0 to num_steps - 1; above 0, x is an image noised to that step
+    eta        0 is DDIM; 1 adds as much noise as DDPM does, drawn from `generator` on the CPU
     after      changes x after step i: x = after(x, i)
     """
     visited = timesteps(num_steps)
@@ -102,5 +102,5 @@ def sample(
 
 
 def next_timestep(t: int, num_steps: int) -> int:
-    """Return the timestep that a step from t leads to; the last one leads to 0, as in Stable Diffusion, not to clean."""
+    """Return the timestep that a step from t leads to; the last one leads to 0, as in Stable Diffusion, not to abar = 1."""
     return max(t - NUM_TRAIN_TIMESTEPS // num_steps, 0)

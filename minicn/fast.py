@@ -1,6 +1,6 @@
-"""Every trick for speed and memory, applied to a model from outside; without this file everything is right, only slower.
+"""Every trick for speed and memory, applied to a model from outside; without this file everything works, only slower.
 
-A layer is exchanged for one of a subclass, with the same parameters under the same names, and the same numbers up to
+A layer is swapped for one of a subclass, with the same parameters under the same names, and the same results up to
 rounding. `prepare` is for any use, `recompute` for training, `sampling` for the steps of a sampler.
 """
 
@@ -22,14 +22,14 @@ from minicn.unet import Attention, Block, ResBlock, SpatialTransformer, Transfor
 def layout(device: str | torch.device) -> torch.memory_format:
     """Return the memory layout in which convolutions are fast on a device.
 
-    Numerics: on MPS, channels-last gave wrong gradients up to PyTorch 2.5 (pytorch issue 142344), and takes 30 times as
-    long going backwards in those of 2026 (issue 193349).
+    Numerics: on MPS, channels-last gave wrong gradients up to PyTorch 2.5 (pytorch issue 142344), and makes the
+    backward pass 30 times slower in the versions of 2026 (issue 193349).
     """
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def prepare(model: nn.Module) -> None:
-    """Put convolutions into the faster layout, and exchange the layers for what is faster, or more exact, there."""
+    """Put convolutions into the faster layout, and swap in layers that are faster, or more accurate, there."""
     for module in model.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = GroupNorm
@@ -42,21 +42,21 @@ def prepare(model: nn.Module) -> None:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation that keeps its digits in the channels-last layout, too.
+    """Group normalisation that stays accurate in the channels-last layout, too.
 
-    Numerics: for that layout PyTorch's kernel for CPUs takes the variance as E[x^2] - E[x]^2, which is off by 1e-5 or
-    more of the result where the mean is ten times the deviation. So the mean of every 8th row and column is taken off.
+    Numerics: for that layout PyTorch's CPU kernel computes the variance as E[x^2] - E[x]^2, with a relative error of 1e-5
+    or more where the mean is ten times the standard deviation. So the mean of every 8th row and column is subtracted.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not x.is_contiguous():
             about = x.detach()[:, :, ::8, ::8].unflatten(1, (self.num_groups, -1)).mean((2, 3, 4), keepdim=True)
-            x = x - about.expand(-1, -1, self.num_channels // self.num_groups, 1, 1).flatten(1, 2)  # one number a channel
+            x = x - about.expand(-1, -1, self.num_channels // self.num_groups, 1, 1).flatten(1, 2)  # one per channel
         return super().forward(x)
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width: of wide weights and small maps, on CPUs, a matrix product."""
+    """A 3x3 convolution that keeps height and width: for wide weights and small maps, on CPUs, a matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.weight.numel() > 2**22 and x.shape[-2] * x.shape[-1] <= 256
@@ -68,8 +68,8 @@ class Conv3x3(nn.Conv2d):
 class MatrixProduct(torch.autograd.Function):
     """A 3x3 convolution as one matrix product, for wide weights and small maps on CPUs.
 
-    There PyTorch's convolution spends most of its time on bringing the weights into an order of its own, at every call, up
-    to three times in training; in channels-last they are a matrix as they lie.
+    There PyTorch's convolution spends most of its time reordering the weights, at every call, up to three times in
+    training; in channels-last they already lie in memory as a matrix.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class MatrixProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # Only a weight that learns needs x again, and then x alone is kept, not its neighbours.
+        # Only a trainable weight needs x again, and then only x is kept, not its neighbours.
         ctx.save_for_backward(x if weight.requires_grad else x.new_empty(0), weight)
         ctx.shape = x.shape
         return F.linear(MatrixProduct.neighbours(x), MatrixProduct.matrix(weight), bias).permute(0, 3, 1, 2)
@@ -109,7 +109,7 @@ class MatrixProduct(torch.autograd.Function):
 
 
 class RecomputedBlock(Block):
-    """A block whose features are computed again going backwards."""
+    """A block whose features are recomputed in the backward pass."""
 
     def forward(self, *inputs) -> Tensor:
         if torch.is_grad_enabled():
@@ -118,14 +118,14 @@ class RecomputedBlock(Block):
 
 
 def recompute(model: nn.Module, on: bool = True) -> None:
-    """Gradient checkpointing: compute a block's features again going backwards, instead of keeping them."""
+    """Gradient checkpointing: recompute a block's features in the backward pass, instead of keeping them."""
     for module in model.modules():
         if type(module) in (Block, RecomputedBlock):
             module.__class__ = RecomputedBlock if on else Block
 
 
 class TextOnce(Attention):
-    """Cross-attention that makes keys and values of a text once, for all steps of a sampler."""
+    """Cross-attention that computes the keys and values of a text once, for all steps of a sampler."""
 
     kept: tuple = (None, None)
 
@@ -136,7 +136,7 @@ class TextOnce(Attention):
 
 
 class HalfBlock(Block):
-    """A block before the text comes in, for a batch of two equal halves: one half is computed.
+    """A block before the text comes in, for a batch of two equal halves: only one half is computed.
 
     A sampler gives [unconditional, conditional] text for the same latents: up to the first cross-attention, both halves
     are the same numbers.
@@ -155,7 +155,7 @@ class HalfBlock(Block):
 
 
 def half_transformer(layer: SpatialTransformer, x: Tensor, context: Tensor) -> Tensor:
-    """Do what SpatialTransformer does, for x that stands for both halves of `context`; return both."""
+    """Do what SpatialTransformer does, for one x that serves both halves of `context`; return both results."""
     block = cast(TransformerBlock, layer.transformer_blocks[0])
     h = layer.proj_in(layer.norm(x)).flatten(2).transpose(1, 2)
     normed = block.norm1(h)

@@ -1,4 +1,4 @@
-"""What people give to `StableDiffusion.generate`: pictures made tensors, settings checked."""
+"""The arguments of `StableDiffusion.generate`: pictures turned into tensors, settings checked."""
 
 import math
 import numbers
@@ -45,7 +45,7 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
     if isinstance(hint, np.ndarray):
         if hint.dtype != np.uint8 or hint.ndim not in (2, 3) or (hint.ndim == 3 and hint.shape[2] not in (1, 3, 4)):
             raise ValueError(
-                f"hint is an array of {hint.dtype} and shape {hint.shape}, but must be uint8 of shape "
+                f"hint is an array of dtype {hint.dtype} and shape {hint.shape}, but must be uint8 of shape "
                 "(H, W), (H, W, 3) or (H, W, 4)"
             )
         hint = Image.fromarray(hint[..., 0] if hint.ndim == 3 and hint.shape[2] == 1 else hint)
@@ -59,7 +59,7 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
     if hint.ndim != 4 or hint.shape[1] != 3 or not hint.is_floating_point():
         raise ValueError(f"hint is {hint.dtype} of shape {tuple(hint.shape)}, but must be float of shape (B, 3, H, W)")
     if hint.numel() == 0:
-        raise ValueError(f"hint has shape {tuple(hint.shape)}: it holds no pixel")
+        raise ValueError(f"hint has shape {tuple(hint.shape)}: it has no pixels")
     low, high = hint.min().item(), hint.max().item()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"hint has values from {low:.3g} to {high:.3g}, but they must lie in [0, 1]: divide by 255")
@@ -67,18 +67,18 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
 
 
 def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list[Tensor], list[float]]:
-    """Return ControlNets, hints as tensors and scales, in lists of one length. Raises ValueError, saying what is missing."""
+    """Return ControlNets, hint tensors and scales, in lists of equal length. Raises ValueError, saying what is missing."""
     nets = [] if controlnet is None else list(controlnet) if isinstance(controlnet, (list, tuple)) else [controlnet]
     for net in nets:
         if not isinstance(net, ControlNet):
-            raise TypeError(f"controlnet is {net!r}, but must be a ControlNet: ControlNet.load reads one")
+            raise TypeError(f"controlnet is {net!r}, but must be a ControlNet: load one with ControlNet.load")
     hints = [] if hint is None else list(hint) if isinstance(hint, (list, tuple)) else [hint]
     scales = list(scale) if isinstance(scale, (list, tuple)) else [scale] * max(len(nets), 1)
     if bool(nets) != bool(hints):
         raise ValueError(f"hint and ControlNet go together, but the {'ControlNet' if hints else 'hint'} is missing")
     if len(nets) != len(hints) or len(scales) != max(len(nets), 1):
         raise ValueError(
-            f"{len(nets)} ControlNets came with {len(hints)} hints and {len(scales)} conditioning scales: give each one"
+            f"got {len(nets)} ControlNets, {len(hints)} hints and {len(scales)} conditioning scales: give one of each"
         )
     for value in scales:
         check_range("conditioning_scale", value, 0, math.inf)
@@ -97,34 +97,34 @@ def size_of(height, width, hints: list[Tensor], image: Image.Image | None, defau
         or width % 8
     ):
         raise ValueError(
-            f"the picture is to be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
+            f"the picture would be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
         )
     return height, width
 
 
 def check_settings(prompt, settings: dict) -> None:
-    """Raise ValueError or TypeError, naming the value and what was expected, for settings of `generate` that do not fit."""
+    """Raise ValueError or TypeError, naming the value and what was expected, for invalid settings of `generate`."""
     for name, limits in RANGES.items():
         check_range(name, settings[name], *limits)
     for name in ("num_steps", "seed", "num_images"):
         if not isinstance(settings[name], numbers.Integral):
             raise TypeError(f"{name} is {settings[name]!r}, but must be an integer")
     if settings["denoise"] == 0:
-        raise ValueError("denoise is 0, which would draw nothing: give more, up to 1")
+        raise ValueError("denoise is 0, which would change nothing: give a value above 0, up to 1")
     if settings["control_start"] > settings["control_end"]:
         raise ValueError(
             f"control_start {settings['control_start']} lies after control_end {settings['control_end']}: swap them"
         )
     if not isinstance(prompt, str) and (settings["num_images"] != 1 or not list(prompt)):
         raise ValueError(
-            f"{len(list(prompt))} prompts with num_images {settings['num_images']}: a list gives one picture a prompt"
+            f"{len(list(prompt))} prompts with num_images {settings['num_images']}: a list gives one picture per prompt"
         )
     if settings["guess_mode"] not in (False, True, "diffusers"):
         raise ValueError(f'guess_mode is {settings["guess_mode"]!r}, but must be False, True or "diffusers"')
     for name in ("image", "mask"):
         picture = settings[name]
         if picture is not None and not isinstance(picture, Image.Image):
-            raise TypeError(f"{name} is {type(picture).__name__}, but must be a PIL picture: Image.open reads one")
+            raise TypeError(f"{name} is {type(picture).__name__}, but must be a PIL picture: open it with Image.open")
     if settings["mask"] is not None and settings["image"] is None:
         raise ValueError("a mask needs the image that it masks: give both")
 

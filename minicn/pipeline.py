@@ -59,13 +59,13 @@ class StableDiffusion:
         models.save_stable_diffusion(self, path, dtype, layout)
 
     def prepare(self, *controlnets: ControlNet) -> None:
-        """Check all weights once, and make the U-Net and the ControlNets fast; `generate` begins with it."""
+        """Check all weights once, and make the U-Net and the ControlNets fast; `generate` does this first."""
         from minicn.checkpoints import loading
 
         for model in (self.unet, *controlnets, self.vae, self.text_encoder):
             loading.check_finite(model)
-        # Numerics: not the autoencoder; over its large maps PyTorch's GroupNorm for channels last adds up squares one by
-        # one, off by about 1e-5 at 512x512 on CPUs.
+        # Numerics: not the autoencoder; over its large maps PyTorch's channels-last GroupNorm adds up squares one by one,
+        # with an error of about 1e-5 at 512x512 on CPUs.
         for model in (self.unet, *controlnets):
             fast.prepare(model)
 
@@ -77,7 +77,7 @@ class StableDiffusion:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side of the pictures that the model was trained on."""
+        """Side length, in pixels, of the pictures that the model was trained on."""
         return 512 if self.unet.cfg.model_channels == UNetConfig.model_channels else 128
 
     @property
@@ -94,19 +94,19 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Return the context (B, 77, 768) of B prompts. Warns, naming the words lost, of one that is too long."""
-        tokens = self.tokenizer(prompts)  # also refuses what is no text
+        """Return the context (B, 77, 768) of B prompts. Warns if a prompt is too long, naming the words that are lost."""
+        tokens = self.tokenizer(prompts)  # also refuses anything but text
         for prompt in dict.fromkeys(prompts):
             lost = self.tokenizer.lost(prompt)
             if lost:
                 warnings.warn(
-                    f"the prompt is longer than {self.tokenizer.max_length} tokens: lost is {lost!r}", stacklevel=3
+                    f"the prompt is longer than {self.tokenizer.max_length} tokens: {lost!r} is cut off", stacklevel=3
                 )
         return self.text_encoder(tokens.to(self.device))
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return scaled latents (B, 4, h, w) of pictures of one size: the means."""
+        """Return scaled latents (B, 4, h, w) of pictures of the same size: the means."""
         pixels = torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images]))
         pixels = (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self.device, self.vae_dtype)
         latents = self.vae.encode(pixels)[0].float() * self.vae.cfg.scaling_factor
@@ -114,22 +114,22 @@ class StableDiffusion:
         return latents
 
     def check_vae(self, result: Tensor) -> None:
-        """Raise ValueError, with the remedy, if the autoencoder's numbers overflowed."""
+        """Raise ValueError, with the remedy, if the autoencoder overflowed."""
         if not torch.isfinite(result).all():
             remedy = "load it in float32 (vae_dtype, --vae-dtype float32)"
             if self.vae_dtype == torch.float32:
-                remedy = "its weights are damaged, or not an autoencoder's of Stable Diffusion 1.5"
+                remedy = "its weights are damaged, or not those of Stable Diffusion 1.5's autoencoder"
             raise ValueError(f"the autoencoder gave NaN in {self.vae_dtype}: {remedy}")
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """Return the pictures of scaled latents (B, 4, h, w), as the U-Net sees them.
 
-        Raises ValueError if the autoencoder's numbers overflow.
+        Raises ValueError if the autoencoder overflows.
         """
         images = self.vae.decode(latents.to(self.vae_dtype).contiguous() / self.vae.cfg.scaling_factor).float()
         self.check_vae(images)
-        pixels = (images / 2 + 0.5).clamp(0, 1).mul(255).round().byte()  # diffusers rounds; ldm cuts off
+        pixels = (images / 2 + 0.5).clamp(0, 1).mul(255).round().byte()  # diffusers rounds; ldm truncates
         return [Image.fromarray(p) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
     @torch.no_grad()
@@ -159,21 +159,21 @@ class StableDiffusion:
         """Draw pictures by DDIM with classifier-free guidance, steered by a hint if a ControlNet is given.
 
         prompt               text; a list of texts, one picture each (then num_images must be 1); or a captioner: the
-                             paper's automatic prompts, where a picture of DEFAULT_PROMPT is captioned and drawn again
-        hint                 picture, array or tensor in [0, 1], height x width pixels; a tensor may hold one a picture
+                             paper's automatic prompts, where a picture for DEFAULT_PROMPT is captioned and drawn again
+        hint                 picture, array or tensor in [0, 1], height x width pixels; a tensor may hold one per picture
         controlnet           one, or several with as many hints, whose residuals are added
         num_steps            1 to 1000
         guidance_scale       1 is off; the paper's value is 9
         conditioning_scale   factor on the 13 residuals, 0 and up; 1 is as trained; or one for each ControlNet
-        control_start, _end  shares of the steps, 0 to 1, between which the ControlNet runs
-        guess_mode           control the conditional half alone, the i-th residual scaled by 0.825^(12 - i), so that the
-                             hint counts where the prompt says nothing; "diffusers": spaced as in diffusers
-        image                picture to begin from: its latents, noised as far as `denoise` says
-        mask                 white where the image is to be drawn anew; elsewhere its pixels come back unchanged
-        denoise              share of the steps that is run with an image, above 0 to 1; 1 keeps nothing of it
+        control_start, _end  fractions of the steps, 0 to 1, between which the ControlNet runs
+        guess_mode           control only the conditional half, the i-th residual scaled by 0.825^(12 - i), so that the
+                             hint decides where the prompt says nothing; "diffusers": spaced as in diffusers
+        image                picture to start from: its latents, noised as far as `denoise` says
+        mask                 white where the image is to be redrawn; elsewhere its pixels stay unchanged
+        denoise              fraction of the steps to run with an image, above 0, up to 1; 1 keeps nothing of it
         eta                  0 is DDIM, 1 adds DDPM's noise
         seed                 0 and up; picture i of num_images is row i of the noise of this seed
-        height, width        pixels, multiples of 8; by default those of the hint or the image, else of the training
+        height, width        pixels, multiples of 8; by default those of the hint or the image, else of the training pictures
         Raises ValueError or TypeError, saying what was expected, for anything out of range.
         """
         settings = {name: value for name, value in locals().items() if name not in ("self", "prompt")}
@@ -204,7 +204,7 @@ class StableDiffusion:
 
 
 class Start:
-    """Where the sampler starts: pure noise, or an image noised so far; with a mask, what the image keeps."""
+    """Where the sampler starts: pure noise, or a partly noised image; with a mask, what is kept of the image."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class Start:
         for name, picture in (("image", image), ("mask", mask)):
             if picture is not None and picture.size != (width, height):
                 came = f"{picture.width}x{picture.height}"
-                raise ValueError(f"the {name} has {came} pixels, but the picture {width}x{height}: make them equal")
+                raise ValueError(f"the {name} is {came} pixels, but the picture {width}x{height}: make them the same size")
         self.image, self.noise, self.num_steps, self.abar = to_rgb(image), noise, steps, sd.alphas_cumprod
         self.x_0, self.visited = sd.encode_images([self.image]), ddim.timesteps(steps)
         self.step = steps - max(1, round(steps * denoise))
@@ -234,7 +234,7 @@ class Start:
             self.anew = F.max_pool2d(torch.from_numpy(anew).float()[None, None].to(sd.device), 8).bool()
 
     def restore(self, x: Tensor, i: int) -> Tensor:
-        """Let what is not drawn anew follow the forward process of the image, after step i."""
+        """After step i, reset what is not redrawn to the image, noised to the same timestep."""
         if self.mask is None:
             return x
         after = ddim.next_timestep(self.visited[i], self.num_steps)
@@ -242,7 +242,7 @@ class Start:
         return torch.where(self.anew, x, kept)
 
     def paste(self, pictures: list[Image.Image]) -> list[Image.Image]:
-        """Put back the pixels of the image where nothing was drawn anew."""
+        """Put back the pixels of the image where nothing was redrawn."""
         if self.image is None or self.mask is None:
             return pictures
         return [Image.composite(picture, self.image, self.mask) for picture in pictures]
@@ -251,7 +251,7 @@ class Start:
 class Predictor:
     """The noise that U-Net and ControlNets predict together, guided: what a sampler asks for at every step.
 
-    running  shares of the steps, from and to, in which the ControlNets run
+    running  fractions of the steps, from and to, between which the ControlNets run
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class Control:
     ):
         check_hint(hint, latents)
         self.net = net
-        # Compat: residuals that are averaged over all positions control the conditional half alone, as in diffusers.
+        # Compat: residuals that are averaged over all positions control only the conditional half, as in diffusers.
         self.half = guided and (bool(guess_mode) or net.cfg.global_pool)
         self.scales = [scale] * 13
         if guess_mode and not net.cfg.global_pool:
@@ -333,6 +333,6 @@ class Control:
 
 
 def sum_residuals(controls: list[list[Tensor | None]]) -> list[Tensor | None]:
-    """Add the residuals of several ControlNets, place by place."""
+    """Add the residuals of several ControlNets, connection by connection."""
     columns = [[c for c in residuals if c is not None] for residuals in zip(*controls, strict=True)]
     return [functools.reduce(torch.add, column) if column else None for column in columns]

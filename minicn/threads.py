@@ -2,7 +2,7 @@
 
 A step of a narrow model is hundreds of tiny parallel regions. Between two of them OpenMP's threads spin, and where another
 program keeps a core busy (a browser, a video), they spin for whole time slices: a step then takes thirty times as long.
-So the spinning is bounded, and a loop of such steps tries by the clock, now and then, how many threads pay (`Pace`).
+So the spinning is bounded, and a loop of such steps measures, now and then, how many threads pay off (`Pace`).
 """
 
 import os
@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-NARROW = 50_000_000  # parameters up to which more threads may not pay
+NARROW = 50_000_000  # parameters up to which more threads may not pay off
 
 
 def bound_spinning() -> None:
-    """Let waiting threads of OpenMP spin for some microseconds only, unless the environment says how they wait.
+    """Let OpenMP's waiting threads spin for only a few microseconds, unless the environment says how they wait.
 
     The variables are read when torch loads its OpenMP library, so this comes before `import torch`. GNU's library (torch
-    for Linux) counts turns: 10,000 are long enough between the regions of a step and short enough beside a busy neighbour
+    for Linux) counts turns: 10,000 are enough between the regions of a step, and few enough next to a busy neighbour
     (benchmarks/threads.py). Intel's and LLVM's (other builds, macOS) count milliseconds, 200 by default.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & set(os.environ):
@@ -29,9 +29,9 @@ bound_spinning()
 
 
 def candidates(wanted: int | None, parameters: int) -> tuple[int, ...]:
-    """Return the numbers of threads to try, the most first: one number if it is settled.
+    """Return the numbers of threads to try, largest first: a single one if there is nothing to try.
 
-    wanted      what the user asked for; None: try, for a narrow model, unless OMP_NUM_THREADS says
+    wanted      what the user asked for; None: try, for a narrow model, unless OMP_NUM_THREADS is set
     parameters  of the models that compute
     """
     import torch
@@ -43,13 +43,13 @@ def candidates(wanted: int | None, parameters: int) -> tuple[int, ...]:
 
 
 class Pace:
-    """Inside `with pace:`, a step of a loop; after some steps under each number of threads the quickest number stays.
+    """Inside `with pace:`, a step of a loop; after some steps with each number of threads the fastest number is kept.
 
-    It is tried again every `every` steps, as the load of the machine changes. Results depend on it by rounding at most.
+    It is tried again every `every` steps, as the machine's load changes. It affects results by rounding at most.
 
     numbers  numbers of threads to try, see `candidates`
-    tries    steps under each, the quickest of which counts
-    say      is given a line at the first choice and whenever it changes
+    tries    steps with each, of which the fastest counts
+    say      called with a line at the first choice and whenever it changes
     """
 
     def __init__(self, numbers: Sequence[int], every: int = 100, tries: int = 2, say: Callable[[str], None] | None = None):
@@ -92,12 +92,12 @@ class Pace:
             best = self.chosen  # no change for a difference that is noise
         if best != self.chosen:
             times = ", ".join(f"{number}: {seconds:.3g} s" for number, seconds in self._seconds.items())
-            self.say(f"note: computing with {best} of {max(self.numbers)} threads (a step takes {times}); --threads decides")
+            self.say(f"note: computing with {best} of {max(self.numbers)} threads (a step takes {times}); --threads sets it")
         self.chosen = best
 
 
 def fastest(step: Callable[[], object], numbers: Sequence[int]) -> int:
-    """Set the number of threads under which `step` is quickest, tried twice under each, and return it."""
+    """Set the number of threads with which `step` is fastest, tried twice with each, and return it."""
     pace = Pace(numbers, say=lambda line: None)
     while pace.chosen is None:
         with pace:

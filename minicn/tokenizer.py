@@ -19,21 +19,21 @@ from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
-# English endings, runs of letters, single digits, runs of anything else but white space.
+# English contractions, runs of letters, single digits, runs of anything else but white space.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 @lru_cache
 def byte_letters() -> dict[int, str]:
-    """Give each of the 256 bytes a printable letter: itself where it has one, else the next free one from 256 on."""
+    """Map each of the 256 bytes to a printable letter: its own where it has one, else the next free one from 256 up."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
 def clean(text: str) -> str:
-    """Repair, unescape and lower a prompt, with single spaces."""
-    import ftfy  # here: half of the time that importing minicn would take
+    """Repair, unescape and lowercase a prompt, with single spaces."""
+    import ftfy  # imported here: it would double the time that importing minicn takes
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return regex.sub(r"\s+", " ", text).strip().lower()
@@ -62,7 +62,7 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a folder with vocab.json and merges.txt (or tokenizer.json), or OpenAI's bpe_simple_vocab_16e6.txt.gz.
 
-        Raises FileNotFoundError or ValueError, naming the file, if one is missing or not of this format.
+        Raises FileNotFoundError or ValueError, naming the file, if one is missing or not in this format.
         """
         path = Path(path)
         if path.is_dir():
@@ -72,10 +72,10 @@ class Tokenizer:
         try:
             text = gzip.decompress(path.read_bytes()).decode("utf-8")
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise ValueError(f"{path} is no gzip file of merges ({error}): name bpe_simple_vocab_16e6.txt.gz") from error
+            raise ValueError(f"{path} is not a gzip file of merges ({error}): name bpe_simple_vocab_16e6.txt.gz") from error
         if not text.strip():
-            raise ValueError(f"{path} is no gzip file of merges (it is empty): name bpe_simple_vocab_16e6.txt.gz")
-        # The file goes on beyond what CLIP uses: 49,408 ids less 512 byte tokens and 2 specials are merges.
+            raise ValueError(f"{path} is not a gzip file of merges (it is empty): name bpe_simple_vocab_16e6.txt.gz")
+        # The file holds more merges than CLIP uses: 49,408 ids minus 512 byte tokens and 2 specials.
         return cls.from_merges(_parse_merges(text, path)[: 49408 - 512 - 2])
 
     def save(self, folder: str | Path) -> None:
@@ -91,7 +91,7 @@ class Tokenizer:
         (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", "utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, however many, without start, end and padding."""
+        """Return all ids of a text, without start, end and padding."""
         ids = []
         for part in SPECIAL.split(clean(text)):  # first, as transformers does: "!<|endoftext|>" ends with the token
             if part in (START, END):
@@ -103,23 +103,23 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids, words parted by single spaces, without start and end."""
+        """Return the text of ids, words separated by single spaces, without start and end."""
         letter_bytes = {letter: b for b, letter in byte_letters().items()}
         text = "".join(self._word[int(i)] for i in ids if int(i) not in (self.start, self.end)).replace("</w>", " ")
         return b"".join(bytes([letter_bytes[c]]) if c != " " else b" " for c in text).decode("utf-8", "replace").strip()
 
     def lost(self, prompt: str) -> str:
-        """Return the end of a prompt that does not fit into max_length tokens; "" if all does."""
+        """Return the end of a prompt that does not fit into max_length tokens; "" if all of it fits."""
         return self.decode(self.encode(prompt)[self.max_length - 2 :])
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """Return token ids (B, 77) int64 for B prompts.
 
-        A prompt that is too long is cut; the end token stays. Raises TypeError for what is not text.
+        A prompt that is too long is truncated; the end token is kept. Raises TypeError for anything but text.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            came = "one text" if isinstance(prompts, str) else next(type(p) for p in prompts if not isinstance(p, str))
-            raise TypeError(f"prompts are {came}, but the tokenizer takes a list of texts: ['a red ball']")
+            came = "one string" if isinstance(prompts, str) else next(type(p) for p in prompts if not isinstance(p, str))
+            raise TypeError(f"prompts are {came}, but the tokenizer takes a list of strings, e.g. ['a red ball']")
         rows = []
         for prompt in prompts:
             ids = [self.start, *self.encode(prompt)[: self.max_length - 2], self.end]
@@ -162,8 +162,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         try:
             vocab, source = json.loads((folder / "vocab.json").read_text("utf-8")), folder / "merges.txt"
             text = source.read_text("utf-8")
-        except ValueError as error:  # no JSON, or no UTF-8
-            raise ValueError(f"{folder} holds no whole vocab.json and merges.txt: {error}") from error
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise ValueError(f"{folder} holds a damaged vocab.json or merges.txt: {error}") from error
     if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
         named = folder / "vocab.json" if (folder / "vocab.json").is_file() else whole
         raise ValueError(f"{named} holds no {START} and {END}: this is not CLIP's vocabulary")
@@ -174,5 +174,5 @@ def _parse_merges(text: str, path: Path) -> list[tuple[str, str]]:
     """Read "a b" lines below the version line."""
     pairs = [line.split() for line in text.splitlines()[1:] if line.strip()]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"{path} has a line that is no pair of tokens: this is not a list of merges")
+        raise ValueError(f"{path} has a line that is not a pair of tokens: this is not a list of merges")
     return [(a, b) for a, b in pairs]

@@ -1,7 +1,7 @@
-"""Training a ControlNet on a locked Stable Diffusion: the loss, what learns, and what a step is shown.
+"""Training a ControlNet on a locked Stable Diffusion: the loss, what is trained, and what a step is shown.
 
-Source: Zhang and Agrawala, arXiv:2302.05543v1, eq. (10) and section "Training". The loop itself stands in train_toy.py;
-trainer/loop.py is the same loop for several processes, half precision and parts of a batch.
+Source: Zhang and Agrawala, arXiv:2302.05543v1, eq. (10) and section "Training". The loop itself is in train_toy.py;
+trainer/loop.py is the same loop for several processes, half precision and gradient accumulation.
 """
 
 from collections.abc import Sequence
@@ -16,35 +16,35 @@ from minicn.unet import UNet
 
 
 def setting(default, help: str, low: float = 0, high: float | None = None, choices: Sequence[str] = ()):
-    """Return a field of `Recipe`: its default, what it means, its range; the command lines make an option of it."""
+    """Return a field of `Recipe`: its default, what it means, its range; the command lines make it an option."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. The defaults of the regime are the paper's: all 13 connections, the whole Stable Diffusion locked."""
+    """How to train. The default regime is the paper's: all 13 connections, all of Stable Diffusion locked."""
 
     steps: int = setting(MISSING, "optimiser steps", low=1)
     batch_size: int = setting(4, "samples per step, over all processes and parts", low=1)
     lr: float = setting(1e-5, "learning rate of AdamW", high=1)
-    seed: int = setting(0, "of initial weights, data order, noise, timesteps and dropped prompts")
-    drop_prompt: float = setting(0.5, "share of prompts replaced by the empty one", high=1)
+    seed: int = setting(0, "for initial weights, data order, noise, timesteps and dropped prompts")
+    drop_prompt: float = setting(0.5, "fraction of prompts replaced by the empty prompt", high=1)
     connect: str = setting("all", "middle: the paper's small-scale regime", choices=("all", "middle"))
-    unlock: str = setting("none", "part of Stable Diffusion that learns, too", choices=("none", "decoder", "all"))
-    unlock_lr: float = setting(2e-6, "learning rate of what is unlocked", high=1)
-    accumulate: int = setting(1, "parts, computed one after the other, of each process's share of a batch", low=1)
+    unlock: str = setting("none", "part of Stable Diffusion to train, too", choices=("none", "decoder", "all"))
+    unlock_lr: float = setting(2e-6, "learning rate of the unlocked part", high=1)
+    accumulate: int = setting(1, "gradient accumulation: parts of each process's share of a batch, one at a time", low=1)
     precision: str = setting(
         "float32",
-        "of the computation; weights and optimiser stay in float32",
+        "precision of the computation; weights and optimiser stay in float32",
         choices=("float32", "bfloat16", "float16"),
     )
     gradient_checkpointing: bool = setting(False, "recompute features in the backward pass: less memory, more time")
-    lr_decay: float = setting(0.3, "share of the steps, at the end, over which the learning rate falls to 0", high=1)
+    lr_decay: float = setting(0.3, "fraction of the steps, at the end, over which the learning rate falls to 0", high=1)
 
 
 @dataclass
 class Batch:
-    """Some samples of a step, as the paper's eq. (10) names them: z_0, epsilon, c_i (of which E makes c_f), t, c_t."""
+    """Some samples of a step, as the paper's eq. (10) names them: z_0, epsilon, c_i (which E turns into c_f), t, c_t."""
 
     samples: Tensor  # (B,) indices into the data
     latents: Tensor  # (B, 4, h, w)
@@ -58,11 +58,11 @@ class Examples:
     """What the ControlNet learns from, encoded once, so that autoencoder and text encoder are not needed again.
 
     latents   (N, 4, h, w)   scaled, clean
-    hints     (N, 3, H, W)   uint8, [0, 255] stands for [0, 1]; a tensor, or whatever gives one for some indices
+    hints     (N, 3, H, W)   uint8, [0, 255] means [0, 1]; a tensor, or anything that returns one when indexed
     contexts  (M, 77, C)     text features of the M different prompts; row 0 is the empty prompt
     prompt    (N,)           each example's row of `contexts`
 
-    trainer/examples.py makes them of toy scenes or of a data folder.
+    trainer/examples.py makes them from toy scenes or a data folder.
     """
 
     def __init__(self, latents: Tensor, hints: Tensor, contexts: Tensor, prompt: Tensor):
@@ -79,8 +79,8 @@ class Examples:
     ) -> Batch:
         """Draw the batch of a step, or a part of it: sample i of step s is a function of (seed, s, i) alone.
 
-        So a run can be resumed anywhere, and several processes, or parts of an accumulation, make one batch.
-        50% dropping, of the prompts: a hint must say what is there where the prompt does not.
+        So a run can be resumed anywhere, and several processes, or accumulated parts, make up one batch.
+        50% dropping of the prompts: where the prompt is empty, the network must learn from the hint what is there.
         Paper vs code: the released training code drops none.
         """
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -100,9 +100,9 @@ class Examples:
 
 
 def send(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Copy a tensor from the CPU to a device, in a way that does not make CUDA wait for the steps before.
+    """Copy a tensor from the CPU to a device, without making CUDA wait for earlier steps.
 
-    Numerics: on MPS such a copy may read memory that is free again, and give other numbers (pytorch issue 189690).
+    Numerics: on MPS such a copy may read memory that was already freed, and give wrong numbers (pytorch issue 189690).
     """
     cuda = torch.device(device).type == "cuda"
     return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor.to(device)
@@ -124,7 +124,7 @@ def apply_regime(unet: UNet, net: ControlNet, recipe: Recipe) -> list[dict]:
     """Lock and unlock parameters as a recipe says; return the optimiser's parameter groups, with their learning rates.
 
     Small-scale: only the middle block's residual is connected; the twelve other zero convolutions are not even computed.
-    Large-scale: the decoder, or all, of Stable Diffusion learns, too, at a rate of its own.
+    Large-scale: the decoder, or all, of Stable Diffusion is trained, too, at its own learning rate.
     Paper vs code: the paper unlocks "all weights in Stable Diffusion", the official code its decoder alone.
     """
     net.requires_grad_(True)
@@ -141,12 +141,12 @@ def apply_regime(unet: UNet, net: ControlNet, recipe: Recipe) -> list[dict]:
 
 
 def learning_rate_factor(step: int, steps: int, decay: float = 0.3) -> float:
-    """Return 1, but over the last share `decay` of the steps fall to 0, which sharpens the pictures; steps from 1."""
+    """Return 1, falling to 0 over the last fraction `decay` of the steps, which sharpens the pictures; steps from 1."""
     return min(1.0, (steps - step + 1) / (decay * steps)) if decay else 1.0
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    """Give the groups of `apply_regime` the learning rates of a step, from 1."""
+    """Set the learning rates of the groups of `apply_regime` for a step, from 1."""
     factor = learning_rate_factor(step, recipe.steps, recipe.lr_decay)
     for group, lr in zip(optimizer.param_groups, (recipe.lr, recipe.unlock_lr), strict=False):  # one group, or two
         group["lr"] = lr * factor

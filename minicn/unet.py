@@ -29,14 +29,14 @@ class UNetConfig:
     out_channels: int = 4
     model_channels: int = 320  # width of level 0
     channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # width of each level / model_channels; the last has no attention
-    num_res_blocks: int = 2  # blocks of each level in the encoder; the decoder has one more
-    num_heads: int = 8  # of every attention, whatever its width
+    num_res_blocks: int = 2  # blocks per encoder level; the decoder has one more
+    num_heads: int = 8  # in every attention layer, whatever its width
     context_dim: int = 768  # width of the text features
-    norm_num_groups: int = 32  # of every GroupNorm; keep at least 4 channels a group
+    norm_num_groups: int = 32  # in every GroupNorm; keep at least 4 channels per group
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Return sinusoids of the timesteps (B,), as (B, dim): cosines first, wavelengths from 2 pi to 20,000 pi."""
+    """Return sinusoidal embeddings of timesteps (B,), as (B, dim): cosines first, wavelengths from 2 pi to 20,000 pi."""
     half = dim // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angles = timesteps[:, None].float() * freqs  # (B, dim / 2)
@@ -44,7 +44,7 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
 
 
 class TimeEmbedding(nn.Sequential):
-    """Sinusoids of the timesteps (B,), through two linear layers, to the features (B, 4 C) that every resnet block takes."""
+    """Timesteps (B,), as sinusoids through two linear layers, to the features (B, 4 C) that every resnet block takes."""
 
     def __init__(self, channels: int):
         super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
@@ -75,7 +75,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of positions x to `context`, or to x itself."""
+    """Multi-head attention from positions x to `context`, or to x itself."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Project to twice the width; the second half, through GELU (the exact one), gates the first."""
+    """Project to twice the width; the second half, through the exact GELU, gates the first."""
 
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
@@ -110,7 +110,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Widen four times, gate, narrow."""
+    """Widen fourfold, gate, project back."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -121,7 +121,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm, with a residual."""
+    """Self-attention, cross-attention to the text, feed-forward; each after a LayerNorm, with a residual connection."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -155,7 +155,7 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width (rounding up) by a convolution of stride 2."""
+    """Halve height and width (rounding up) with a stride-2 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -166,7 +166,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Enlarge to `size` (height, width) by nearest neighbour, then a convolution."""
+    """Enlarge to `size` (height, width) by nearest neighbour, then convolve."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -177,7 +177,7 @@ class Upsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """One of the paper's 25 blocks: layers in a row, each given what it takes."""
+    """One of the paper's 25 blocks: layers in sequence, each given the inputs it takes."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None
@@ -261,7 +261,7 @@ class UNet(nn.Module):
         x          (B, 4, h, w)        noisy latents, any h and w
         timesteps  (B,)                0 to 999
         context    (B, 77, 768)        text features
-        control    list of 13 tensors  added to the 12 skips and, the last, to the middle block's output; None adds none
+        control    list of 13 tensors  added to the 12 skips and (the last) to the middle block's output; None adds nothing
         Raises ValueError for latents, timesteps, context or control that do not fit the model.
         """
         check_inputs(self.cfg, x, timesteps, context)
@@ -281,7 +281,7 @@ class UNet(nn.Module):
 
 
 def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor) -> None:
-    """Raise ValueError, in words, for what would fail deep inside."""
+    """Raise a readable ValueError for inputs that would otherwise fail deep inside the model."""
     if x.ndim != 4 or x.shape[1] != cfg.in_channels:
         raise ValueError(f"latents have shape {tuple(x.shape)}, but the model takes (B, {cfg.in_channels}, h, w)")
     if timesteps.shape != x.shape[:1]:
@@ -294,7 +294,7 @@ def check_inputs(cfg: UNetConfig, x: Tensor, timesteps: Tensor, context: Tensor)
 
 
 def check_control(control: Sequence[Tensor | None], features: list[Tensor]) -> None:
-    """Raise ValueError where the residuals do not fit the skips and the middle that they are added to."""
+    """Raise ValueError if the residuals do not fit the skips and the middle block's output that they are added to."""
     if len(control) != len(features):
         raise ValueError(f"control has {len(control)} tensors, but the model has {len(features)} connections")
     for i, (residual, feature) in enumerate(zip(control, features, strict=True)):
@@ -304,5 +304,5 @@ def check_control(control: Sequence[Tensor | None], features: list[Tensor]) -> N
         if not fits or residual.shape[1] != feature.shape[1] or len(residual) not in (1, len(feature)):
             raise ValueError(
                 f"control[{i}] has shape {tuple(residual.shape)}, but the model needs {tuple(feature.shape)}: "
-                "use a ControlNet of this U-Net's widths and latents of the same size"
+                "use a ControlNet with this U-Net's widths and latents of the same size"
             )

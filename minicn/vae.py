@@ -1,7 +1,7 @@
 """The variational autoencoder of Stable Diffusion: pictures to latents, eight times smaller, and back.
 
 Source: Rombach et al., arXiv:2112.10752 (first stage, KL-regularised); the layout of the CompVis checkpoints.
-Left out: the discriminator and perceptual loss of its training; attention outside the middle block (SD has none).
+Left out: the discriminator and the perceptual loss that trained it; attention outside the middle block (SD has none).
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class VAEConfig:
     """Shape of the autoencoder; the defaults are Stable Diffusion 1.5's."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level, finest first
-    layers_per_block: int = 2  # resnet blocks a level in the encoder; the decoder has one more
+    layers_per_block: int = 2  # resnet blocks per encoder level; the decoder has one more
     latent_channels: int = 4
-    norm_num_groups: int = 32  # keep at least 4 channels a group, or GroupNorm throws the colours away
+    norm_num_groups: int = 32  # keep at least 4 channels per group, or GroupNorm discards the colours
     scaling_factor: float = 0.18215  # 1 / std of the latents; applied by the pipeline, not here
 
 
@@ -44,7 +44,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention of one head over all positions. Compat: 1x1 convolutions where linear layers would do."""
+    """Single-head self-attention over all positions. Compat: 1x1 convolutions where linear layers would do."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -62,7 +62,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width. The padding is right and bottom only, as the weights were trained."""
+    """Halve height and width. The padding is on the right and bottom only, as in training."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -110,7 +110,7 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """Resnet blocks, then half the size, but for the last level."""
+    """Resnet blocks, then half the size, except at the last level."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__(c_in, c_out, blocks, groups)
@@ -121,7 +121,7 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """Resnet blocks, then twice the size, but for the last level."""
+    """Resnet blocks, then twice the size, except at the last level."""
 
     def __init__(self, c_in: int, c_out: int, blocks: int, groups: int, last: bool):
         super().__init__(c_in, c_out, blocks, groups)
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Pictures <-> latents, both unscaled: the pipeline multiplies latents by `cfg.scaling_factor`."""
+    """Pictures <-> latents, unscaled in both directions: the pipeline multiplies latents by `cfg.scaling_factor`."""
 
     def __init__(self, cfg: VAEConfig | None = None):
         super().__init__()
@@ -187,7 +187,7 @@ class VAE(nn.Module):
         """Return mean and standard deviation of q(z | images), a normal distribution for each latent.
 
         images     (B, 3, H, W)      in [-1, 1]; H and W multiples of 8
-        mean, std  (B, 4, H/8, W/8)  unscaled; the log-variance is held to [-30, 20]
+        mean, std  (B, 4, H/8, W/8)  unscaled; the log-variance is clamped to [-30, 20]
         Raises ValueError for pictures of another shape.
         """
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % 8 or images.shape[3] % 8:

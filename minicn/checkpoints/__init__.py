@@ -1,1 +1,1 @@
-"""Weights on disk: files read without trust, published layouts and names, loading, saving and converting of models."""
+"""Weights on disk: files read without trusting them, published layouts and names; models loaded, saved and converted."""

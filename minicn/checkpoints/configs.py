@@ -1,4 +1,4 @@
-"""Configurations of diffusers folders: the fields of our config classes, from and to the config.json of each model."""
+"""Configurations of diffusers folders: the fields of our config classes, to and from the config.json of each model."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 UNET_FIELDS = {  # ours: diffusers'
     "in_channels": "in_channels",
     "num_res_blocks": "layers_per_block",
-    "num_heads": "attention_head_dim",  # Compat: diffusers means the number of heads by this name
+    "num_heads": "attention_head_dim",  # Compat: diffusers' name for the number of heads
     "context_dim": "cross_attention_dim",
     "norm_num_groups": "norm_num_groups",
 }
@@ -44,17 +44,17 @@ def fields_from_config(fields: dict[str, str], config: dict, source: str | Path)
         if value is None:
             value = DEFAULTS.get(theirs)
         if value is None:
-            raise ValueError(f"{source} has no {theirs}: this is not a configuration of Stable Diffusion 1.5's kind")
+            raise ValueError(f"{source} has no {theirs}: this is not a Stable Diffusion 1.5 configuration")
         found[ours] = tuple(value) if isinstance(value, list) else value
     return found
 
 
 def _whole(widths: object) -> bool:
-    """Tell whether this is a list of positive integers, and not empty."""
+    """Return whether this is a non-empty list of positive integers."""
     return isinstance(widths, list) and bool(widths) and all(isinstance(w, int) and w > 0 for w in widths)
 
 
-FIXED = {  # settings of other models' configurations, with Stable Diffusion 1.5's values
+FIXED = {  # settings in which other models differ, with Stable Diffusion 1.5's values
     "act_fn": "silu",
     "hidden_act": "quick_gelu",
     "center_input_sample": False,
@@ -72,7 +72,7 @@ def check_fixed(config: dict, source: str | Path) -> None:
     """Raise ValueError for a configuration that asks for what Stable Diffusion 1.5 does not do."""
     for name, value in FIXED.items():
         if config.get(name, value) not in (value, None):
-            raise ValueError(f"{source} wants {name} {config[name]!r}, but minicn runs Stable Diffusion 1.5 ({value!r})")
+            raise ValueError(f"{source} has {name} {config[name]!r}, but minicn runs Stable Diffusion 1.5 ({value!r})")
 
 
 def check_heads(heads: object, widths: list[int], source: str | Path) -> None:
@@ -87,12 +87,12 @@ def vae_fields(config: dict, source: str | Path) -> dict:
     found = fields_from_config(VAE_FIELDS, config, source)
     factor = found["scaling_factor"]
     if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
-        raise ValueError(f"{source} has scaling_factor {factor!r}, but a number above 0 is needed (0.18215)")
+        raise ValueError(f"{source} has scaling_factor {factor!r}, but expected a number above 0 (0.18215)")
     return found
 
 
 def text_fields(config: dict, source: str | Path) -> dict:
-    """Return the fields of TextConfig from a transformers configuration, old ones of CLIP's two towers, too."""
+    """Return the fields of TextConfig from a transformers configuration, also an old one of both CLIP towers."""
     config = config.get("text_config") or config
     check_fixed(config, source)
     found = fields_from_config(TEXT_FIELDS, config, source)
@@ -161,7 +161,7 @@ def vae_config(cfg, sample_size: int) -> dict:
 def text_config(cfg, tokenizer) -> dict:
     """Return transformers' configuration of a CLIP text transformer.
 
-    Compat: transformers 5 computes in the precision of the file unless told, diffusers in float32; a file in half
+    Compat: transformers 5 computes in the precision of the file unless told otherwise, diffusers in float32; a file in half
     precision must not make one part of a pipeline differ from the others. The key is the published folders'.
     """
     config = {theirs: getattr(cfg, ours) for ours, theirs in TEXT_FIELDS.items()}

@@ -37,7 +37,7 @@ def describe(source: str | Path) -> Iterator[str]:
         if found.ema:
             yield "  " + _row("U-Net, moving average", found, found.ema)
         if found.difference:
-            yield "  a difference file: the copied layers are to be added to those of a U-Net"
+            yield "  a difference file: the copied layers must be added to those of a U-Net"
         if found.other:
             yield f"  {found.other} other tensors, which minicn does not use"
 
@@ -70,7 +70,7 @@ def _unet(path: Path) -> weights.Contents:
 
 
 def check_destination(path: Path, layout: str) -> None:
-    """Raise ValueError, before any work, for a destination that does not fit its layout or holds something."""
+    """Raise ValueError, before any work, for a destination that does not fit its layout or already holds something."""
     if layout == "ldm" and path.suffix != ".safetensors":
         raise ValueError(f"destination {path} must end in .safetensors: layout ldm is one file")
     if layout == "ldm" and path.is_dir():
@@ -112,9 +112,9 @@ def convert(
         raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {there}")
     name = weights.DISPLAY_NAMES.get(part, "whole model")
     if transfer_to is not None and part != "controlnet":
-        raise ValueError(f"--transfer-to moves a ControlNet, but {path} is to give its {name}")
+        raise ValueError(f"--transfer-to moves a ControlNet, but what is converted from {path} is its {name}")
     if transfer_from is not None and transfer_to is None:
-        raise ValueError("--transfer-from says where from, but --transfer-to is missing: where to?")
+        raise ValueError("--transfer-from has no effect without --transfer-to: give the new base, too")
     keep = {kind: dtype or precision(held[kind], kind) for kind in wanted}
     if part == "controlnet":
         base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
@@ -137,7 +137,7 @@ def convert(
 
 
 def _load(path: Path, found: weights.Contents, kind: str, dtype: torch.dtype, variant: str | None, ema: bool):
-    """Load one model, and look at every number."""
+    """Load one model, and check every number."""
     at = path / kind if (path / kind).is_dir() else path
     model = load_model(kind, at if at.is_dir() else found, dtype, variant=variant, ema=ema)
     loading.check_finite(model)
@@ -152,7 +152,7 @@ def _tokenizer(path: Path, given: str | None) -> Tokenizer:
 
 
 def precision(found: weights.Contents, kind: str) -> torch.dtype:
-    """Return the precision in which most numbers of a model are stored."""
+    """Return the precision in which most weights of a model are stored."""
     counts = collections.Counter()
     for key in found.parts[kind].values():
         counts[found.file.dtypes[key]] += torch.Size(found.file.shapes[key]).numel()
@@ -162,9 +162,9 @@ def precision(found: weights.Contents, kind: str) -> torch.dtype:
 
 @torch.no_grad()
 def transfer(net: ControlNet, new: weights.Contents, old: weights.Contents) -> None:
-    """Move a ControlNet to another base, in place: every copied tensor gets new - old.
+    """Move a ControlNet to another base, in place: add new - old to every copied tensor.
 
-    Raises ValueError if a base has other shapes.
+    Raises ValueError if a base has different shapes.
     """
     for name, tensor in net.state_dict().items():
         if name.startswith(("zero_convs.", "middle_block_out.", "input_hint_block.")):

@@ -1,7 +1,7 @@
-"""Files of weights, read without trusting them, and written whole.
+"""Weights files, read without trusting them, and written whole or not at all.
 
-Three containers: .safetensors, read by its own library; PyTorch's zip; PyTorch's older pickle. A pickle can name any
-function to be called. None is: the names of classes and functions that tensors do not need become inert stubs.
+Three containers: .safetensors, read by its own library; PyTorch's zip; PyTorch's older pickle. A pickle can ask for any
+function to be called. None is: classes and functions that tensors do not need become inert stubs.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 
 class WeightFile:
-    """The tensors of one or several files, read when asked for; `shapes` and `dtypes` cost only the header.
+    """The tensors of one or several files, read on demand; `shapes` and `dtypes` need only the header.
 
     path      the file named by the user
     shapes    key: shape, of every tensor
@@ -65,13 +65,13 @@ SAFETENSORS_DTYPES = {
 
 
 def open_weights(path: str | Path) -> WeightFile:
-    """Open a file of weights, or the index of one in shards (*.index.json).
+    """Open a weights file, or the index of a sharded one (*.index.json).
 
-    Raises FileNotFoundError or ValueError, naming the file and the cause, for anything that is no whole file of weights.
+    Raises FileNotFoundError or ValueError, naming the file and the cause, for anything but a complete weights file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is no file: name a file of weights")
+        raise FileNotFoundError(f"{path} does not exist or is not a file: name a weights file")
     if path.name.endswith(".json"):
         return _open_shards(path)
     with open(path, "rb") as file:
@@ -81,12 +81,12 @@ def open_weights(path: str | Path) -> WeightFile:
     if head.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it came from")
     if head.lstrip().startswith(b"<"):
-        raise ValueError(f"{path} is a web page, not weights, perhaps of a login: fetch it again")
+        raise ValueError(f"{path} is a web page, perhaps a login page, not weights: fetch it again")
     if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return _open_pickle(path)
     if head[8:9] == b"{":
         return _open_safetensors(path)
-    raise ValueError(f"{path} is no file of weights: it begins with {head[:8]!r}; name a .safetensors, .ckpt, .pth or .bin")
+    raise ValueError(f"{path} is not a weights file: it begins with {head[:8]!r}; name a .safetensors, .ckpt, .pth or .bin")
 
 
 def _open_safetensors(path: Path) -> WeightFile:
@@ -98,15 +98,15 @@ def _open_safetensors(path: Path) -> WeightFile:
             shapes[key] = tuple(view.get_shape())
             dtypes[key] = SAFETENSORS_DTYPES[view.get_dtype()]
     except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is no whole .safetensors file ({error}): fetch it again") from error
+        raise ValueError(f"{path} is not a complete .safetensors file ({error}): fetch it again") from error
     metadata, maps = file.metadata(), {}
 
     def get(key: str) -> Tensor:
-        """Return a tensor that lies in the mapped file.
+        """Return a tensor that lies in the memory-mapped file.
 
-        A mapping, and what was read of it, counts as used memory as long as one of its tensors lives. So there is a new one
-        every 256 MB, and convolutions, which are copied into another layout, have theirs apart from what stays (as
-        those of 1x1 do).
+        A mapping, and what was read from it, counts as used memory as long as one of its tensors is alive. So there is a
+        new one every 256 MB, and convolutions, which are copied into another layout, are mapped apart from tensors that
+        stay (as 1x1 convolutions do).
         """
         copied = len(shapes[key]) == 4 and shapes[key][-1] > 1
         mapped, used = maps.get(copied, (None, math.inf))
@@ -124,28 +124,28 @@ def _open_pickle(path: Path) -> WeightFile:
         zipped = file.read(4) == b"PK\x03\x04"
         if zipped:
             _check_stored(path)
-        # Tensors of a zip are read from the disk when they are used; not where the ending would mislead PyTorch.
+        # Tensors of a zip are read from disk when they are used; not where the extension would mislead PyTorch.
         mapped = zipped and path.suffix != ".safetensors"
         source, options = path if mapped else file, {"map_location": "cpu", "mmap": mapped}
         try:
             try:
                 file.seek(0)
                 content = torch.load(source, weights_only=True, **options)
-            except pickle.UnpicklingError:  # more classes than tensors need, as Lightning's
+            except pickle.UnpicklingError:  # more classes than tensors need, as in Lightning's
                 file.seek(0)
                 content = torch.load(source, weights_only=False, pickle_module=_inert_pickle(), **options)
-        except Exception as error:  # whatever a crafted or cut file makes PyTorch's reader raise
+        except Exception as error:  # whatever a crafted or truncated file makes PyTorch's reader raise
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is no whole PyTorch file ({reason}): fetch it again") from error
-    for _ in range(8):  # a file may hold itself
+            raise ValueError(f"{path} is not a complete PyTorch file ({reason}): fetch it again") from error
+    for _ in range(8):  # a file may contain itself
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     for key, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-            raise ValueError(f"{path}: {key} is no plain tensor ({tensor.layout}, {tensor.device}): save it as one")
+            raise ValueError(f"{path}: {key} is not a plain tensor ({tensor.layout}, {tensor.device}): save it as one")
     if not tensors:
-        raise ValueError(f"{path} holds no dictionary of tensors: name a file of weights")
+        raise ValueError(f"{path} holds no dictionary of tensors: name a weights file")
     shapes = {str(key): tuple(tensor.shape) for key, tensor in tensors.items()}
     dtypes = {str(key): str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
     opened = WeightFile(path, tensors.__getitem__, shapes, dtypes)
@@ -154,24 +154,24 @@ def _open_pickle(path: Path) -> WeightFile:
 
 
 def _check_stored(path: Path) -> None:
-    """Raise ValueError for a zip that is cut, or compressed: PyTorch maps its tensors as they lie in the file."""
+    """Raise ValueError for a zip that is truncated, or compressed: PyTorch maps its tensors as they lie in the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} is no whole PyTorch file ({error}): fetch it again") from error
+        raise ValueError(f"{path} is not a complete PyTorch file ({error}): fetch it again") from error
     if packed:
         raise ValueError(f"{path} is compressed ({packed[0]}), which PyTorch's files are not: unpack it, or fetch it again")
 
 
 def _inert_pickle() -> types.SimpleNamespace:
-    """Return what torch.load takes for the module `pickle`, in which only tensors come to life.
+    """Return a replacement for the module `pickle`, for torch.load, in which only tensors come to life.
 
-    Everything here is made anew for each file, so that a file cannot change it for the next.
+    Everything here is created afresh for each file, so that a file cannot change it for the next.
     """
 
     class Stub:
-        """Stands for any class or function: takes everything, does nothing."""
+        """Replaces any class or function: accepts everything, does nothing."""
 
         def __new__(cls, *args, **kwargs):
             return object.__new__(cls)
@@ -214,7 +214,7 @@ def _open_shards(path: Path) -> WeightFile:
     index = read_json(path)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{path} is no index of shards: it has no weight_map")
+        raise ValueError(f"{path} is not an index of shards: it has no weight_map")
     shards = {}
     for name in sorted(set(names.values())):
         if Path(name).name != name:
@@ -232,9 +232,9 @@ def _open_shards(path: Path) -> WeightFile:
 
 
 def find_weights(folder: Path, names: tuple[str, ...], variant: str | None = None) -> Path:
-    """Return the file of weights in a diffusers folder: .safetensors before .bin, one file before shards.
+    """Return the weights file in a diffusers folder: .safetensors before .bin, one file before shards.
 
-    names    without ending, as "diffusion_pytorch_model"
+    names    without extension, e.g. "diffusion_pytorch_model"
     variant  "fp16" for model.fp16.safetensors; None: the plain file, else whichever variant is there
     Raises FileNotFoundError if there is none.
     """
@@ -278,13 +278,13 @@ def read_json(path: str | Path) -> dict:
     """Read a configuration file. Raises FileNotFoundError or ValueError naming it."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a diffusers folder holds it")
+        raise FileNotFoundError(f"{path} does not exist, but belongs in a diffusers folder")
     try:
         content = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no configuration: it holds no names and values")
+        raise ValueError(f"{path} is not a configuration: expected a JSON object")
     return content
 
 

@@ -11,7 +11,7 @@ TOY_CONTROLNETS = Path(__file__).parents[1] / "toy" / "controlnets"  # a folder 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.5, for files that carry none
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
-PARTS = ("", "unet/", "vae/", "text_encoder/")  # where a repository keeps them: of a ControlNet, of a Stable Diffusion
+PARTS = ("", "unet/", "vae/", "text_encoder/")  # where a repository keeps them: for a ControlNet, for a Stable Diffusion
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -19,7 +19,7 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
     """Return the file or folder that a source names; fetch it if it is a repository, or a file in one.
 
     source   a path; "toy" or "toy-canny"; "owner/name"; "owner/name/file.safetensors"
-    variant  of a repository's weights, as "fp16"
+    variant  of a repository's weights, e.g. "fp16"
     Raises FileNotFoundError saying what to install, fetch or name.
     """
     text = str(source)
@@ -38,7 +38,7 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
         return path
     parts = text.split("/")
     if not isinstance(source, str) or not REPOSITORY.fullmatch("/".join(parts[:2])) or ".." in parts or "" in parts:
-        raise FileNotFoundError(f'{source} is no file or folder: name one, a Hugging Face repository (owner/name), or "toy"')
+        raise FileNotFoundError(f'{source} is not a file or folder: name one, a Hugging Face repository (owner/name), "toy"')
     if len(parts) > 2:
         return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
     dot = f".{variant}" if variant else ""
@@ -56,7 +56,7 @@ def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False
     hub = _hub(repository)
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=patterns, local_files_only=only_cached))
-    except Exception as error:  # the library's own, or those of whatever it reads the network with
+    except Exception as error:  # the library's own errors, or its network layer's
         raise FileNotFoundError(_not_had(repository, error)) from error
 
 
@@ -92,7 +92,7 @@ def _hub(what: str):
         import huggingface_hub
     except ImportError as error:
         raise FileNotFoundError(
-            f"{what} is no file or folder here; to fetch it from the Hugging Face hub, install huggingface_hub "
+            f"{what} is not a file or folder here; to fetch it from the Hugging Face hub, install huggingface_hub "
             "(the extra hub: pip install 'minicn[hub]')"
         ) from error
     return huggingface_hub
@@ -100,4 +100,4 @@ def _hub(what: str):
 
 def _not_had(what: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:160]
-    return f"{what} is no file or folder here, is not in the cache, and cannot be fetched ({type(error).__name__}: {reason})"
+    return f"{what} is not a file or folder here, not in the cache, and cannot be fetched ({type(error).__name__}: {reason})"

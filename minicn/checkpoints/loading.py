@@ -1,4 +1,4 @@
-"""From tensors of a file to a model: built without filling it, and checked tensor by tensor."""
+"""From tensors of a file to a model: built without initialising it, and checked tensor by tensor."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 from minicn.checkpoints.files import WeightFile
 from minicn.checkpoints.weights import Keys
 
-# Methods by which numbers are written into a tensor. (Others that end in _ change what is known of it, as requires_grad_.)
+# Methods that write numbers into a tensor. (Others that end in _ change its attributes, e.g. requires_grad_.)
 WRITES = {getattr(Tensor, f"{name}_") for name in "normal uniform zero fill copy add mul div sub clamp erfinv".split()}
 
 
 class Unfilled(TorchFunctionMode):
-    """Inside `with`, modules are built on "meta", and nothing is written into their weights, which a file replaces.
+    """Inside `with`, modules are built on "meta", and their weights, which a file replaces, are not initialised.
 
-    (Filling on "meta" writes nothing, but random numbers there make PyTorch import its compiler, a second or two.) Functions
-    of nn.init and in-place methods of tensors return what they were given. It holds for this thread alone.
+    (Initialising on "meta" writes nothing, but random numbers there make PyTorch import its compiler, a second or two.)
+    Functions of nn.init and in-place methods of tensors return what they were given. Only this thread is affected.
     """
 
     def __enter__(self) -> "Unfilled":
@@ -39,25 +39,25 @@ class Unfilled(TorchFunctionMode):
 
 @contextlib.contextmanager
 def building(path: Path, what: str) -> Iterator[None]:
-    """Inside `with`, build a model without filling it. Raises ValueError, naming the file, for what cannot be built."""
+    """Inside `with`, build a model uninitialised. Raises ValueError, naming the file, for what cannot be built."""
     try:
         with Unfilled():
             yield
     except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path} describes no {what} that can be built: {error}") from error
+        raise ValueError(f"{path}: the {what} that it describes cannot be built: {error}") from error
 
 
-CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is looked at while loading; of larger ones, at first use
+CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is checked while loading; of larger ones, at first use
 
 
 def load_into(
     model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> None:
-    """Give a model built on "meta" the tensors of a file, without a copy where precision and device are the file's.
+    """Load a file's tensors into a model built on "meta", without a copy where precision and device are the file's.
 
-    Raises ValueError, naming file and tensor, for a missing, unknown, misshapen or non-finite tensor. (Large models are
+    Raises ValueError, naming file and tensor, for a missing, unexpected, misshapen or non-finite tensor. (Large models are
     only mapped: a non-finite tensor is then found by `prepare`, at first use.)
     """
     own = model.state_dict()
@@ -65,7 +65,7 @@ def load_into(
     if missing or unknown:
         raise ValueError(
             f"{file.path} does not fit: {len(missing)} tensors are missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(unknown)} are unknown ({', '.join(keys[k] for k in unknown[:3]) or '-'})"
+            f"{len(unknown)} are unexpected ({', '.join(keys[k] for k in unknown[:3]) or '-'})"
         )
     state = {}
     for name, like in own.items():
@@ -73,7 +73,7 @@ def load_into(
         if shape != tuple(like.shape) and not (
             like.ndim == 4 and shape == tuple(like.shape[:2]) and like.shape[2:] == (1, 1)
         ):
-            raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but needs {tuple(like.shape)}")
+            raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but expected {tuple(like.shape)}")
         tensor = file.get(keys[name])
         if not tensor.is_floating_point():
             raise ValueError(
@@ -87,7 +87,7 @@ def load_into(
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Look at every number of a model once after loading. Raises ValueError, naming file and tensor, for NaN or infinity."""
+    """Check every number of a model once after loading. Raises ValueError, naming file and tensor, for NaN or infinity."""
     path, keys = getattr(model, "unchecked", None) or (None, {})
     if path is None:
         return

@@ -1,4 +1,4 @@
-"""Models from and to disk, whichever published layout they have: what `load` and `save` of the models do."""
+"""Models to and from disk, in any published layout: what the models' `load` and `save` do."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, VAEConfig
 
-MODELS = {  # kind: model class, config class, our fields from its config.json, names of the file of its weights
+MODELS = {  # kind: model class, config class, our fields from its config.json, names of its weights file
     "unet": (UNet, UNetConfig, configs.unet_fields, ("diffusion_pytorch_model",)),
     "vae": (VAE, VAEConfig, configs.vae_fields, ("diffusion_pytorch_model",)),
     "text_encoder": (TextEncoder, TextConfig, configs.text_fields, ("model", "pytorch_model")),
@@ -53,13 +53,13 @@ def load_model(
         lost = [key for key in keys if key not in found.ema]
         if ema and lost:
             raise ValueError(
-                f"{found.file.path} holds the moving average of a part only ({lost[0]} is missing): leave out ema"
+                f"{found.file.path} holds a moving average (EMA) of only a part ({lost[0]} is missing): leave out ema"
             )
-        using, other = ("the moving average", "training's last") if ema else ("training's last", "the moving average")
+        using, other = ("EMA", "non-EMA") if ema else ("non-EMA", "EMA")
         warnings.warn(f"{found.file.path} holds the U-Net twice: {using} weights are used, not {other} (ema)", stacklevel=3)
         keys = found.ema if ema else keys
     elif kind == "unet" and ema:
-        raise ValueError(f"{found.file.path} holds no moving average of the weights: leave out ema")
+        raise ValueError(f"{found.file.path} holds no moving average (EMA) of the weights: leave out ema")
     with loading.building(found.file.path, weights.DISPLAY_NAMES[kind]):
         model = model_class(config_class(**(read or weights.fields_of(found, kind))))
     loading.load_into(model, found.file, keys, dtype, device)
@@ -91,19 +91,19 @@ def load_stable_diffusion(
     source     a diffusers folder; an ldm .safetensors, .ckpt or .pth; a Hugging Face repository; or "toy", the small
                model that ships with the package
     tokenizer  a folder with vocab.json and merges.txt, a model's folder, or "toy"; by default the model's own, for a
-               single file the cached CLIP's
+               single file CLIP's from the cache
     vae        another autoencoder: a file or a folder
-    vae_dtype  precision of the autoencoder, if another than `dtype`: in float16 it may overflow
-    variant    of a folder's weights, as "fp16"
-    ema        of a file that holds both, take the moving average of the U-Net's weights
-    Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. Warns which set of
-    weights is used if there are two.
+    vae_dtype  precision of the autoencoder, if different from `dtype`: in float16 it may overflow
+    variant    of a folder's weights, e.g. "fp16"
+    ema        from a file that holds both, take the moving average (EMA) of the U-Net's weights
+    Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. If there are two sets
+    of weights, warns which one is used.
     """
     path = hub.resolve(source, variant)
     found = None
     if path.is_dir():
         if not (path / "unet").is_dir():
-            raise FileNotFoundError(f"{path} holds no unet/: name a diffusers folder of a whole Stable Diffusion")
+            raise FileNotFoundError(f"{path} holds no unet/: name a diffusers folder of a complete Stable Diffusion")
         scheduler = path / "scheduler" / "scheduler_config.json"
         if scheduler.is_file():
             configs.check_fixed(files.read_json(scheduler), scheduler)
@@ -112,7 +112,7 @@ def load_stable_diffusion(
         missing = [weights.DISPLAY_NAMES[kind] for kind in MODELS if kind not in found.parts and not (kind == "vae" and vae)]
         if missing:
             held = ", ".join(weights.DISPLAY_NAMES[kind] for kind in found.parts)
-            raise ValueError(f"{path} holds no {' and no '.join(missing)}, only: {held}; name a whole Stable Diffusion")
+            raise ValueError(f"{path} holds no {' and no '.join(missing)}, only: {held}; name a complete Stable Diffusion")
     own = path / "tokenizer" if path.is_dir() else None
     words = Tokenizer.load(hub.tokenizer_folder(tokenizer) if tokenizer else own or hub.default_tokenizer())
     models = {}
@@ -124,7 +124,7 @@ def load_stable_diffusion(
         models[kind] = load_model(kind, found or path / kind, precision, device, variant, ema and kind == "unet")
     size = models["text_encoder"].cfg.vocab_size
     if not all(isinstance(i, int) and 0 <= i < size for i in words.vocab.values()):
-        raise ValueError(f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: give its own one")
+        raise ValueError(f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: use its own")
     return {**models, "tokenizer": words}
 
 
@@ -135,11 +135,11 @@ def load_controlnet(
     device: str | torch.device = "cpu",
     variant: str | None = None,
 ) -> ControlNet:
-    """Load a ControlNet, whichever published layout it has.
+    """Load a ControlNet, in any published layout.
 
     source   a diffusers folder; a .safetensors, .pth, .ckpt or .bin file; a Hugging Face repository; or "toy-canny"
-    unet     the U-Net to be controlled: the ControlNet must fit its widths, and "difference" files are added to it
-    variant  of a folder's weights, as "fp16"
+    unet     the U-Net to be controlled: the ControlNet must match its widths, and "difference" files are added to it
+    variant  of a folder's weights, e.g. "fp16"
     Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. Warns if the file
     holds a U-Net of its own (v1.0, "control_sd15_*.pth") that is not `unet`.
     """
@@ -155,7 +155,7 @@ def load_controlnet(
     found = weights.contents(file)
     if "controlnet" not in found.parts:
         held = ", ".join(weights.DISPLAY_NAMES[kind] for kind in found.parts)
-        raise ValueError(f"{file.path} holds no ControlNet, but: {held}; give it as the model instead")
+        raise ValueError(f"{file.path} holds no ControlNet, only: {held}; give it as the model instead")
     with loading.building(file.path, "ControlNet"):
         if config:
             shape = UNetConfig(**configs.unet_fields(config, path / "config.json"))
@@ -171,7 +171,7 @@ def load_controlnet(
             shape,
             hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
             paper_hint_encoder=paper,
-            # Compat: nothing in a published single file tells, so the field goes by the name.
+            # Compat: nothing in a published single file says so, so the file's name decides.
             global_pool=config.get("global_pool_conditions", hints.get("global_pool", "shuffle" in path.name)),
             bgr=config.get("controlnet_conditioning_channel_order", "bgr" if hints.get("bgr") else "rgb") == "bgr",
         )
@@ -187,7 +187,7 @@ def load_controlnet(
 
 
 def _add_difference(found: weights.Contents, unet: UNet, net: ControlNet) -> tuple[files.WeightFile, weights.Keys]:
-    """Return the whole weights of a "difference" file: copied layers hold copy - U-Net, or nothing where that is small."""
+    """Return the full weights of a "difference" file, whose copied layers hold copy - U-Net, unless that is small."""
     keys, base, state = found.parts["controlnet"], unet.state_dict(), {}
     for name in net.state_dict():
         if name in keys:
@@ -202,7 +202,7 @@ def _add_difference(found: weights.Contents, unet: UNet, net: ControlNet) -> tup
 
 
 def _warn_of_another_unet(found: weights.Contents, unet: UNet) -> None:
-    """Say so if the file's own U-Net, with which the ControlNet was trained, is another one."""
+    """Warn if the file's own U-Net, with which the ControlNet was trained, is a different one."""
     different = weights.differences(found, "unet", unet)
     if different:
         name, most = different[0]
@@ -230,7 +230,7 @@ def save_file(models: Mapping[str, nn.Module], path: str | Path, dtype: torch.dt
 
 
 def save_folder(kind: str, model: nn.Module, folder: str | Path, config: dict, dtype: torch.dtype | None = None) -> None:
-    """Write a model alone in the diffusers layout: its configuration, as given, and its weights."""
+    """Write a single model in the diffusers layout: its configuration, as given, and its weights."""
     name = "model" if kind == "text_encoder" else "diffusion_pytorch_model"
     state = {key: tensor.to(dtype or tensor.dtype) for key, tensor in model.state_dict().items()}
     files.write_json(Path(folder) / "config.json", config)
@@ -241,14 +241,14 @@ def save_model(kind: str, model: nn.Module, path: str | Path, layout: str, dtype
     """Write a U-Net, an autoencoder or a ControlNet alone, in its own precision unless `dtype` is given.
 
     path    layout "ldm": a .safetensors file with the official names; "diffusers": a folder with config.json
-    Raises ValueError for another layout, or the paper's hint encoder in diffusers, which has none.
+    Raises ValueError for another layout, or the paper's hint encoder in diffusers, which does not have it.
     """
     check_layout(layout)
     if layout == "ldm":
         save_file({kind: model}, path, dtype)
     elif kind == "controlnet":
         if model.cfg.paper_hint_encoder:
-            raise ValueError('diffusers has no place for the hint encoder of the paper: save with layout "ldm"')
+            raise ValueError('diffusers does not have the paper\'s hint encoder: save with layout "ldm"')
         save_folder(kind, model, path, configs.controlnet_config(model.cfg), dtype)
     else:
         config = configs.unet_config(model.cfg) if kind == "unet" else configs.vae_config(model.cfg, 512)
@@ -266,7 +266,7 @@ def save_stable_diffusion(sd, path: str | Path, dtype: torch.dtype | None = None
     if layout == "ldm":
         save_file(parts, path, dtype)
         return
-    sample_size = sd.image_size // 8  # latents' side that diffusers draws by default
+    sample_size = sd.image_size // 8  # side of the latents that diffusers draws by default
     config = {
         "unet": configs.unet_config(sd.unet.cfg) | {"sample_size": sample_size},
         "vae": configs.vae_config(sd.vae.cfg, 8 * sample_size),

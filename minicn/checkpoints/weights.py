@@ -1,7 +1,7 @@
-"""Names of weights: every published layout of Stable Diffusion 1.5 and its ControlNets, to and from our modules' own.
+"""Names of weights: every published layout of Stable Diffusion 1.5 and its ControlNets, to and from our modules' own names.
 
-Our modules carry the names of the ldm checkpoints (CompVis, the official ControlNet). diffusers' differ by names alone,
-but for the autoencoder's attention, whose 1x1 convolutions are linear layers there. A part of a file is a dictionary from
+Our modules carry the names of the ldm checkpoints (CompVis, the official ControlNet). diffusers' differ in names alone,
+except for the autoencoder's attention, whose 1x1 convolutions are linear layers there. A part of a file is a dictionary from
 our names to the file's. Nothing here imports a model class: a model gives its keys and shapes, a file its tensors.
 """
 
@@ -19,7 +19,7 @@ from minicn.checkpoints.files import WeightFile
 State = dict[str, Tensor]
 Keys = dict[str, str]  # our name of a tensor: the file's
 
-# ldm -> diffusers, by the beginning of a key
+# ldm -> diffusers, by the prefix of a key
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -34,7 +34,7 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 
 
 def _unet_names() -> dict[str, str]:
-    """U-Net and ControlNet. In both layouts, level l holds resnets j; ldm counts blocks through, diffusers by level."""
+    """U-Net and ControlNet. In both layouts, level l holds resnets j; ldm numbers blocks throughout, diffusers by level."""
     names = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -58,13 +58,13 @@ def _unet_names() -> dict[str, str]:
             names[f"input_blocks.{down}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
         resnets[f"output_blocks.{up}.0"] = f"up_blocks.{level}.resnets.{j}"
         names[f"output_blocks.{up}.1"] = f"up_blocks.{level}.attentions.{j}"
-        if j == 2 and level < 3:  # behind the attention, which the coarsest level does not have
+        if j == 2 and level < 3:  # after the attention, which the coarsest level does not have
             names[f"output_blocks.{up}.{2 if level else 1}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return names | _inside(resnets, RESNET)
 
 
 def _vae_names() -> dict[str, str]:
-    """The autoencoder. ldm stores the decoder's levels in the encoder's order, diffusers as they run."""
+    """The autoencoder. ldm stores the decoder's levels in the encoder's order, diffusers in the order they run."""
     names = {f"{side}.norm_out": f"{side}.conv_norm_out" for side in ("encoder", "decoder")}
     attention, shortcut = {}, {}
     for side in ("encoder", "decoder"):
@@ -89,7 +89,7 @@ FROM_DIFFUSERS = {kind: {new: old for old, new in names.items()} for kind, names
 
 
 def rename(key: str, names: dict[str, str]) -> str:
-    """Replace the longest beginning of a key that a table knows; a key that it does not know stays."""
+    """Replace the longest prefix of a key that is in a table; a key without one is kept."""
     parts = key.split(".")
     for n in range(len(parts), 0, -1):
         new = names.get(".".join(parts[:n]))
@@ -127,7 +127,7 @@ PREFIXES = {  # in a checkpoint of several models
     "text_encoder": "cond_stage_model.transformer.",
     "controlnet": "control_model.",
 }
-SIGNATURE_KEYS = {  # keys of a model alone in its file, of which one is enough
+SIGNATURE_KEYS = {  # keys that identify a model alone in its file; one is enough
     "controlnet": ("input_hint_block.0.weight", "zero_convs.0.0.weight", "controlnet_cond_embedding.conv_in.weight"),
     "unet": ("input_blocks.0.0.weight", "up_blocks.0.resnets.0.conv1.weight"),
     "vae": ("encoder.conv_in.weight",),
@@ -143,7 +143,7 @@ class Contents:
     layout      in words, for people
     parts       kind of model: our names of its tensors -> the file's
     ema         the U-Net's moving average, the same way; empty if there is none
-    difference  a ControlNet that holds its difference to the U-Net it was made for
+    difference  a ControlNet that holds its difference from the U-Net it was made for
     other       how many tensors belong to no model
     """
 
@@ -159,7 +159,7 @@ class Contents:
 
 
 def contents(file: WeightFile) -> Contents:
-    """Tell what a file holds, from its keys and shapes alone.
+    """Find out what a file holds, from its keys and shapes alone.
 
     Raises ValueError, naming what it is instead, for everything but Stable Diffusion 1.5 and its ControlNets.
     """
@@ -259,7 +259,7 @@ def fields_of(found: Contents, kind: str) -> dict:
     """Return the fields of a model's configuration: those that minicn wrote into the file, else read from the shapes.
 
     Heads and groups leave no trace in the shapes: they are Stable Diffusion 1.5's unless the file says otherwise.
-    Raises ValueError, naming the tensor, where the structure is another one.
+    Raises ValueError, naming the tensor, where the structure is different.
     """
     own = written(found).get(kind)
     if own is not None:
@@ -268,9 +268,9 @@ def fields_of(found: Contents, kind: str) -> dict:
 
     def size(key: str, dim: int) -> int:
         if key not in shapes:
-            raise ValueError(f"{found.file.path} has no {key}: its {name} is not whole, or of another structure")
+            raise ValueError(f"{found.file.path} has no {key}: its {name} is incomplete, or has a different structure")
         if len(shapes[key]) <= dim:
-            raise ValueError(f"{found.file.path}: {key} has shape {shapes[key]}: its {name} is of another structure")
+            raise ValueError(f"{found.file.path}: {key} has shape {shapes[key]}: its {name} has a different structure")
         return shapes[key][dim]
 
     if kind == "vae":
@@ -288,7 +288,7 @@ def fields_of(found: Contents, kind: str) -> dict:
             "max_positions": size("text_model.embeddings.position_embedding.weight", 0),
         }
     base = size("input_blocks.0.0.weight", 0)
-    # Of a "difference" file even this may be missing; then the U-Net decides.
+    # In a "difference" file even this may be missing; then the U-Net decides.
     widths = [size(f"input_blocks.{3 * level + 1}.0.in_layers.2.weight", 0) for level in range(4)]
     if any(width % base for width in widths):
         raise ValueError(f"{found.file.path} has widths {widths}, but each must be a multiple of the first, {base}")
@@ -322,7 +322,7 @@ def hint_channels_of(found: Contents) -> tuple[int, ...]:
     keys = [f"input_hint_block.{i}.weight" for i in (0, 4, 8, 12)]
     if any(key not in shapes for key in keys):
         raise ValueError(
-            f"{found.file.path} has no {next(k for k in keys if k not in shapes)}: its hint encoder is not whole"
+            f"{found.file.path} has no {next(k for k in keys if k not in shapes)}: its hint encoder is incomplete"
         )
     return tuple(shapes[key][0] for key in keys)
 

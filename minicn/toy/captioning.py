@@ -1,6 +1,6 @@
-"""A picture to a caption, for the paper's automatic prompts: BLIP through transformers, or the toy's own.
+"""Captions of pictures, for the paper's automatic prompts: by BLIP through transformers, or by the toy's own captioner.
 
-The toy needs no second network: the caption of its grammar under which the toy base itself removes noise best is the
+The toy needs no second network: the sentence of its grammar under which the toy base itself removes noise best is the
 caption (Li et al., arXiv:2303.16203, classify with diffusion models in this way).
 """
 
@@ -17,7 +17,7 @@ TIMESTEPS = (400, 650)  # the middle of the schedule; a fixed noise at each
 
 
 def captioner(name: str | None, sd: StableDiffusion, model: str | Path) -> Callable[[Image.Image], str]:
-    """Return what captions a picture: a BLIP model by name or folder; None on the toy: the toy's own.
+    """Return a function that captions a picture: a BLIP model by name or folder; for None on the toy, the toy's own.
 
     Raises ValueError if there is none, or transformers is not installed.
     """
@@ -37,7 +37,7 @@ def blip(name: str) -> Callable[[Image.Image], str]:
     try:
         processor, model = BlipProcessor.from_pretrained(name), BlipForConditionalGeneration.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--captioner {name} is no BLIP model that can be loaded: {error}") from error
+        raise ValueError(f"--captioner {name} cannot be loaded as a BLIP model: {error}") from error
 
     def caption(image: Image.Image) -> str:
         tokens = model.generate(**processor(images=image, return_tensors="pt"), max_new_tokens=40)
@@ -47,14 +47,14 @@ def blip(name: str) -> Callable[[Image.Image], str]:
 
 
 class ToyCaptioner:
-    """Search the grammar of the toy world, one word after the other, for the caption that removes noise best."""
+    """Search the grammar of the toy world, one word after the other, for the caption under which noise is removed best."""
 
     def __init__(self, sd: StableDiffusion):
         self.sd = sd
 
     def __call__(self, image: Image.Image) -> str:
         x_0, things = self.sd.encode_images([image]), toy.thing_names()
-        # A background and a thing; then a second one, how the two stand, and a third: kept if the noise says so.
+        # A background and a thing; then a second one, how the two stand, and a third: kept if the error is smaller.
         ones = {toy.sentence([thing], ground): (thing, ground) for thing in things for ground in toy.BACKGROUNDS}
         one = self.best(x_0, list(ones))
         first, ground = ones[one]
@@ -66,7 +66,7 @@ class ToyCaptioner:
 
     @torch.no_grad()
     def best(self, x_0: torch.Tensor, captions: list[str], batch: int = 64) -> str:
-        """Return the caption of the smallest error, with the same noise for all."""
+        """Return the caption with the smallest error, with the same noise for all."""
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(x_0.shape, generator=generator).to(x_0) for _ in TIMESTEPS]
         errors = []

@@ -1,11 +1,11 @@
-"""Is a picture the scene that its caption names? A small classifier that is not kind.
+"""Is a picture the scene that its caption names? A small, strict classifier.
 
 scene accuracy = the share of pictures that show exactly the named things, each in its colour, on the named background
 
-Every colour of the toy world is looked at by itself: where in the picture it is (`toy.name_colours`), and how bright. A
+Every colour of the toy world is looked at on its own: where in the picture it is (`toy.name_colours`), and how bright. A
 small convolutional network says what these pixels are: nothing, one of the six things, or "other": two things, half a
-thing, a person with a limb too many. It learns from true scenes, as drawn and as the autoencoder gives them back, and
-from scenes spoiled on purpose: a part cut out, a part added, two shapes grown together, a thing drawn twice.
+thing, a person with an extra limb. It learns from true scenes, as drawn and as the autoencoder reconstructs them, and
+from scenes spoiled on purpose: a part cut out, a part added, two shapes fused, a thing drawn twice.
 """
 
 import math
@@ -53,7 +53,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, file: Path = WEIGHTS) -> "Judge":
-        """Load the judge that ships."""
+        """Load the judge that ships with minicn."""
         judge = cls()
         judge.load_state_dict({name: tensor.float() for name, tensor in files.read(file).items()})
         return judge.eval()
@@ -66,7 +66,7 @@ class Judge(nn.Module):
         return {c: VERDICTS[v] for c, v in zip(toy.COLOURS, found, strict=True) if VERDICTS[v] != "none"}, background
 
     def agrees(self, image: np.ndarray | Image.Image, scene: toy.Scene) -> bool:
-        """Tell whether a picture shows exactly a scene's things in their colours, and its background."""
+        """Return whether a picture shows exactly a scene's things in their colours, and its background."""
         found, background = self.see(image)
         return background == scene.background and found == {thing.colour: thing.kind for thing in scene.things}
 
@@ -100,7 +100,7 @@ def scene_accuracy(judge: Judge, images: Sequence, scenes: Sequence[toy.Scene]) 
 
 
 def spoil(scene: toy.Scene, draw: random.Random) -> tuple[np.ndarray, dict[str, str]]:
-    """Return a scene's picture with one of its things made wrong, and what each colour shows then."""
+    """Return a scene's picture with one of its things spoiled, and what each colour shows then."""
     verdicts = {thing.colour: thing.kind for thing in scene.things}
     number = draw.randrange(len(scene.things))
     thing = scene.things[number]

@@ -1,12 +1,12 @@
-"""How well pictures follow: what the hint said, found in the picture; words against colours.
+"""How well pictures follow: what the hint said, looked for in the picture; the prompt's words against its colours.
 
     following score = (value - floor) / (ceiling - floor)
 
 The value, in [0, 1], compares a generated picture with its scene by what the condition says, see `measure`; the floor is
-what the same prompts and seeds reach without control, the ceiling what the autoencoder leaves of the true picture.
+what the same prompts and seeds reach without control, the ceiling what the autoencoder preserves of the true picture.
 
 A hint says where things are, the prompt in which colours. So where things are found by their colours (poses and
-segmentations), the colours of the caption may have changed places; `prompt_share` looks at the colours themselves.
+segmentations), the caption's colours may be swapped; `prompt_share` looks at the colours themselves.
 """
 
 import itertools
@@ -61,7 +61,7 @@ def edge_f1(image: np.ndarray | Image.Image, truth: np.ndarray | Image.Image) ->
 
 
 def edges(image: np.ndarray | Image.Image) -> np.ndarray:
-    """Tell where a picture has Canny edges, (H, W) bool."""
+    """Return where a picture has Canny edges, (H, W) bool."""
     return conditions.canny(image)[..., 0] > 0
 
 
@@ -82,7 +82,7 @@ def widen(mask: np.ndarray) -> np.ndarray:
 
 
 def strong(hint: np.ndarray) -> np.ndarray:
-    """Tell where a hint (H, W, 3) is more than half white, (H, W) bool."""
+    """Return where a hint (H, W, 3) is more than half white, (H, W) bool."""
     return hint[..., 0] > 127
 
 
@@ -90,7 +90,7 @@ def strong(hint: np.ndarray) -> np.ndarray:
 
 
 def found_labels(image: np.ndarray | Image.Image, scene: toy.Scene) -> Iterator[np.ndarray]:
-    """Yield the label map (H, W) that the colours of a picture draw, for each way to share them among the things.
+    """Yield the label map (H, W) that the colours of a picture draw, for each way to assign them to the things.
 
     Each pixel has the label of the thing whose colour it has, 0 in the background's colour, else NOTHING.
     """
@@ -171,9 +171,9 @@ def true_shading(scene: toy.Scene) -> np.ndarray:
 
 
 def shading_agreement(image: np.ndarray | Image.Image, scene: toy.Scene) -> float:
-    """Return the share of pixels whose shading is that of the scene's surfaces, to SHADING, in [0, 1].
+    """Return the share of pixels whose shading is that of the scene's surfaces, to within SHADING, in [0, 1].
 
-    Counted are the pixels where the scene or the picture shows a thing; where only one does, they disagree. Normals
+    The pixels where the scene or the picture shows a thing are counted; where only one does, they disagree. Normals
     show in a picture as shading alone. So does depth: its slopes are the normals, and its steps are where one thing
     ends.
     """

@@ -1,4 +1,4 @@
-"""How the things of the toy world look: each shape answers, for points (x, y) around its middle, with z and the normal.
+"""How the things of the toy world look: for points (x, y) around its centre, each shape gives z and the normal.
 
 The camera is orthographic and looks slightly down, the light comes from the upper left; every surface is a closed form.
 """
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SIZE = 128  # pixels a side: 16x16 latents, as 512 pixels are 64x64 latents in Stable Diffusion
-SUPERSAMPLE = 2  # samples a pixel along each axis
+SIZE = 128  # pixels per side: 16x16 latents, as 512 pixels are 64x64 latents in Stable Diffusion
+SUPERSAMPLE = 2  # samples per pixel along each axis
 
 THINGS = ("ball", "box", "cone", "ring", "star", "person")  # label = place in this list + 1; 0 is the background
 COLOURS = {
@@ -53,7 +53,7 @@ class Thing:
 
 
 def shading(normals: np.ndarray) -> np.ndarray:
-    """Return how bright a surface is in the toy world's light, 0.48 to 1: what its colour is multiplied with.
+    """Return how bright a surface is in the toy world's light, 0.48 to 1: what its colour is multiplied by.
 
     normals  (..., 3) float32, unit length; x right, y up, z towards the viewer
     """

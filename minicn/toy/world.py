@@ -32,11 +32,11 @@ class Scene:
 
     image      (128, 128, 3)  uint8    RGB
     caption    str                     "a red ball beside a yellow person on a white background"
-    depth      (128, 128)     float32  in [0, 1], larger is nearer (as MiDaS), 0 on the background
+    depth      (128, 128)     float32  in [0, 1], larger is nearer (as in MiDaS), 0 on the background
     normals    (128, 128, 3)  float32  unit length; x right, y up, z towards the viewer; background (0, 0, 1)
     labels     (128, 128)     uint8    0 background, else 1 + place in THINGS
     owners     (128, 128)     int8     place in `things` of the thing that is seen, -1 on the background
-    keypoints  (P, 18, 3)     float32  x, y in pixels, and 1 where the point is seen, else 0; one row a person
+    keypoints  (P, 18, 3)     float32  x, y in pixels, and 1 where the point is seen, else 0; one row per person
     """
 
     index: int
@@ -59,7 +59,7 @@ class Scene:
     def hint(self, condition: str) -> np.ndarray:
         """Make the hint of a condition, (128, 128, 3) uint8, from what is known of the scene.
 
-        A pose of a scene without people, or the straight lines of one that has none, is a black hint.
+        The hint is black for the pose of a scene without people, or the straight lines of one that has none.
         Raises ValueError for an unknown condition.
         """
         if condition not in HINTS:
@@ -67,7 +67,7 @@ class Scene:
         return HINTS[condition](self)
 
     def outlines(self, inner: bool = False) -> np.ndarray:
-        """Tell where things end, (128, 128) bool: the outermost pixels of each thing that is in front there.
+        """Return where things end, (128, 128) bool: the outermost pixels of each thing that is in front there.
 
         inner  also the edges between the faces of boxes and stars
         """
@@ -131,7 +131,7 @@ def name_colours(image: np.ndarray) -> np.ndarray:
 
 
 def shows_caption(image: np.ndarray, scene: Scene, least: int = 40) -> bool:
-    """Tell whether the commonest colour is the named background and every named colour covers `least` pixels."""
+    """Return whether the commonest colour is the named background and every named colour covers `least` pixels."""
     names = [*COLOURS, *BACKGROUNDS]
     counts = np.bincount(name_colours(image).ravel(), minlength=len(names))
     background_is_commonest = names[counts.argmax()] == scene.background
@@ -152,7 +152,7 @@ def thing_names() -> list[str]:
 
 
 def sentence(names: list[str], background: str, relation: str = "") -> str:
-    """Say one to three things and their background; two stand to each other in one of RELATIONS."""
+    """Describe one to three things and their background; one of RELATIONS joins a pair."""
     said = f"{names[0]}, {names[1]} and {names[2]}" if len(names) == 3 else f" {relation} ".join(names)
     return f"{said} on a {background} background"
 
@@ -223,7 +223,7 @@ def _caption(things: tuple[Thing, ...], background: str, relation: str) -> str:
 # Hints: what is known of a scene, drawn by the functions that draw a picture's
 
 
-# The classes that stand for the background and for each of THINGS, among those that fit the ones with colours far apart.
+# The classes used for the background and for each of THINGS: of those that fit, the ones with colours far apart.
 ADE20K = ("wall", "ball", "box", "tent", "plate", "light", "person")
 COCO_STUFF = ("wall-other", "sports ball", "suitcase", "umbrella", "donut", "flower", "person")
 # COCO's 17 points, as places in KEYPOINTS: it has no neck, and each left point stands before the right one.
@@ -238,7 +238,7 @@ def _classes(scene: Scene, names: tuple[str, ...], of: tuple[str, ...], first: i
 def soft_edges(image: np.ndarray) -> np.ndarray:
     """Return the soft edges of a toy picture, (128, 128, 3) uint8, by the filter that needs no weights.
 
-    Nothing warns that this is not the HED network's: on the toy the filter is what a ControlNet learns from.
+    No warning says that this is not the HED network's: on the toy the filter is what a ControlNet learns from.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

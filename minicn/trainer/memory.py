@@ -1,7 +1,7 @@
-"""What a training run needs of memory, before it begins: `minicn train --dry-run`.
+"""How much memory a training run needs, before it begins: `minicn train --dry-run`.
 
 Predicted: a step on tensors that have shapes but no numbers (PyTorch's FakeTensorMode), counting what is alive. Then
-measured: the same step with numbers, by what the device, or on CPUs the operating system, reports.
+measured: the same step with numbers, as reported by the device or, on CPUs, the operating system.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes. `peak` is the most of all at once, which is less than the sum: gradients come while activations go."""
+    """Bytes. `peak` is the most in use at once, which is less than the sum: gradients come as activations are freed."""
 
     weights: int
     gradients: int
@@ -37,7 +37,7 @@ class Ledger:
 
 
 class Living(TorchDispatchMode):
-    """Inside `with`, count the bytes of live tensors: `now`, and `most` since it was last set."""
+    """Inside `with`, count the bytes of tensors as they are made and freed: `now`, and `most` since it was last set."""
 
     def __init__(self, before: Iterable[torch.Tensor]):
         super().__init__()
@@ -61,7 +61,7 @@ class Living(TorchDispatchMode):
 
 
 def example(net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> training.Batch:
-    """Return a part of a batch of noise: what one process takes at once."""
+    """Return a batch of noise, as large as the part that one process computes at once."""
     n, side, width = recipe.batch_size // (world * recipe.accumulate), size // 8, net.cfg.unet.context_dim
     latents = torch.randn(n, net.cfg.unet.in_channels, side, side, device=device)
     hints = torch.rand(n, 3, size, size, device=device)
@@ -103,18 +103,18 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
         with Living([*parameters, *vars(batch).values(), abar]) as living:
             for p in (p for group in groups for p in group["params"]):
                 p.grad = torch.zeros_like(p)
-            optimizer.step()  # makes the moments
+            optimizer.step()  # allocates the moments
             optimizer.zero_grad()
             gc.collect()  # fake tensors point at each other
             optimiser, living.most = living.now, living.now
             step(unet, net, optimizer, batch, abar, recipe, lambda name: alive.update({name: living.now - optimiser}))
-        held = learned if recipe.accumulate > 1 else 0  # gradients of the parts before
+        held = learned if recipe.accumulate > 1 else 0  # gradients of the earlier parts
         whole = size_of(parameters)
     return Ledger(whole, learned, optimiser, alive["activations"] - held, whole + living.most)
 
 
 def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
-    """Return what a step on noise took, the third of three. The models learn; the run must end here."""
+    """Return what the third of three steps on noise took. The models' weights change, so the run must end here."""
     whole = size_of(p for model in (unet, net) for p in model.parameters())
     optimizer = torch.optim.AdamW(training.apply_regime(unet, net, recipe), fused=loop.fused(device, recipe))
     batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
@@ -122,7 +122,7 @@ def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
         fast.recompute(model, recipe.gradient_checkpointing)
     alive = {}
     warm_up = torch.optim.SGD(net.parameters(), lr=0.0)  # keeps no moments
-    step(unet, net, warm_up, batch, abar, recipe)  # libraries fetch what they keep for good
+    step(unet, net, warm_up, batch, abar, recipe)  # libraries allocate what they keep for good
     before = allocated(device)
     step(unet, net, optimizer, batch, abar, recipe)
     optimiser = allocated(device) - before
@@ -145,7 +145,7 @@ def allocated(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(AttributeError, OSError):  # not with every C library
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, which counts
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, which does the counting
     return kilobytes(STATUS, "VmRSS")
 
 
@@ -159,7 +159,7 @@ class Peak:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the system forgets the highest so far
+            Path("/proc/self/clear_refs").write_text("5")  # the system resets its peak
         return self
 
     def __exit__(self, *error) -> None:
@@ -169,14 +169,14 @@ class Peak:
 
 
 def free(device: torch.device) -> int | None:
-    """Return the bytes that are free; None where neither device nor system says."""
+    """Return the bytes that are free; None where neither device nor system reports them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return kilobytes(Path("/proc/meminfo"), "MemAvailable") if device.type == "cpu" and STATUS.is_file() else None
 
 
 def kilobytes(path: Path, name: str) -> int:
-    """Return a number of a table of Linux, in bytes."""
+    """Return an entry of one of Linux's /proc tables, in bytes."""
     return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
 
 

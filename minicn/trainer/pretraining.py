@@ -30,21 +30,21 @@ from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAECon
 
 TOY_VAE = VAEConfig(channels=(16, 32, 64, 96), norm_num_groups=4)
 TOY_UNET = UNetConfig(model_channels=32, num_heads=2, context_dim=96, norm_num_groups=8)
-TOY_TEXT = dict(hidden_size=96, intermediate_size=384, num_layers=3, num_heads=3)  # vocabulary: what is learned
+TOY_TEXT = dict(hidden_size=96, intermediate_size=384, num_layers=3, num_heads=3)  # the vocabulary is learned
 DROP_PROMPT = 0.1  # share of empty prompts, so that guidance has an unconditional prediction to start from
-MIN_SNR = 5.0  # the signal-to-noise ratio from which less noisy steps count less, see `snr_weight`
+MIN_SNR = 5.0  # the signal-to-noise ratio above which steps are down-weighted, see `snr_weight`
 VARIANTS = 8  # ways in which a scene is described, drawn once; each step takes one of them
 DECAY = 0.4  # share of the U-Net's steps over which its learning rate falls
-WARM_UP = 200  # steps over which the U-Net's learning rate rises
+WARM_UP = 200  # steps over which the U-Net's learning rate warms up
 PEOPLE = 2.0  # how much more often scenes with people are shown: people are hardest
 
 
 def init_vae(vae: VAE) -> None:
-    """Start the autoencoder as a linear one: every resnet block and the attention begin as the identity.
+    """Initialise the autoencoder as a linear one: every resnet block and the attention begin as the identity.
 
-    Otherwise the normalised branches, which have lost the absolute colour, drown the path that carries it: the pictures get
-    outlines but no colours. In a trial, 250 steps of 8 crops left an L1 error of 0.17 (rate 0.001), and 0.24 without
-    this start (rate 0.0005).
+    Otherwise the normalised branches, which have lost the absolute colour, drown out the path that carries it: the pictures
+    get outlines but no colours. In a trial, 250 steps of 8 crops left an L1 error of 0.17 (learning rate 0.001), and 0.24
+    without this initialisation (learning rate 0.0005).
     """
     for module in vae.modules():
         if isinstance(module, ResnetBlock):
@@ -69,11 +69,11 @@ def vae_loss(vae: VAE, images: Tensor, edge_weight: float, kl_weight: float = 1e
 
 
 class Checkpoint:
-    """Counts the steps of a training here and keeps its state in a file, so that --resume continues after Ctrl-C or a kill.
+    """Counts the steps of a training run and keeps its state in a file, so that --resume works after Ctrl-C or a kill.
 
     stage  what is trained, in a word
     every  steps between two checkpoints
-    seed   of the random numbers: each step's are a function of (seed, step, process) alone
+    seed   for the random numbers: each step's are a function of (seed, step, process) alone
     """
 
     def __init__(self, file: Path, stage: str, every: int, seed: int):
@@ -82,7 +82,7 @@ class Checkpoint:
     def loop(self, steps: int, **parts) -> Iterator[tuple[int, tqdm]]:
         """Yield each step that is left, from 0, and the progress bar; `parts` are all that have a state_dict.
 
-        Raises KeyboardInterrupt after a checkpoint if asked to stop. (Under torchrun the last regular one stands.)
+        Raises KeyboardInterrupt after a checkpoint if asked to stop. (Under torchrun the last regular one remains.)
         """
         rank, world = init_distributed()
         done = self._load(steps, parts) if self.file.is_file() else 0
@@ -100,11 +100,11 @@ class Checkpoint:
 
     def _load(self, steps: int, parts: dict) -> int:
         state = torch.load(self.file, map_location="cpu", weights_only=True)
-        flat = state["done"] <= (1 - DECAY) * min(steps, state["steps"])  # no learning rate has fallen yet
+        flat = state["done"] <= (1 - DECAY) * min(steps, state["steps"])  # the learning rate has not begun to fall
         if state["stage"] != self.stage or (state["steps"] != steps and not (flat and self.stage == "U-Net")):
             raise ValueError(
-                f"{self.file} was made on the way to {state['steps']} steps of the {state['stage']}, not {steps} of the "
-                f"{self.stage}: give the same"
+                f"{self.file} is from a run of {state['steps']} steps of the {state['stage']}, not {steps} of the "
+                f"{self.stage}: resume with the same"
             )
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -129,7 +129,7 @@ def train_vae(
     # A higher rate gets stuck where outlines are right and colours wrong.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     for step, bar in checkpoint.loop(steps, vae=vae, optimizer=optimizer, schedule=schedule):
-        whole = step >= 0.8 * steps  # GroupNorm sees other statistics on whole pictures than on crops
+        whole = step >= 0.8 * steps  # GroupNorm sees different statistics on whole pictures than on crops
         count, side = (batch_size // 2, toy.SIZE) if whole else (batch_size, toy.SIZE // 2)
         chosen = torch.randint(len(images), (count,))
         corners = torch.randint(toy.SIZE - side + 1, (count, 2)).tolist()
@@ -197,8 +197,8 @@ def describe(scene: toy.Scene, draw: Callable[[], float]) -> str:
     draw  a random number in [0, 1)
 
     Half of the time the scene's own caption; else with "and" between two things, without the background, without
-    colours, with words that mean nothing here, or a sentence that says nothing of the scene: so prompts of other words
-    draw something whole, too.
+    colours, with words that mean nothing here, or a sentence that says nothing about the scene: so prompts with other words
+    draw something sensible, too.
     """
     names = [f"{toy.world._article(thing.colour)} {thing.kind}" for thing in scene.things]
     background = f" on a {scene.background} background"
@@ -250,8 +250,8 @@ OTHER_WORDS = (
 def snr_weight(abar_t: Tensor) -> Tensor:
     """Return the weight of the loss at abar_t: min(SNR, 5) / SNR, SNR = abar_t / (1 - abar_t).
 
-    Source: Hang et al., arXiv:2303.09556, min-SNR weighting for predicted noise. The steps of little noise, at which
-    the small network can only guess the noise, would take the most of the gradient; what a picture shows, and which
+    Source: Hang et al., arXiv:2303.09556, min-SNR weighting for predicted noise. The steps with little noise, at which
+    the small network can only guess the noise, would dominate the gradient; what a picture shows, and which
     thing has which colour, is decided at the others.
     """
     snr = abar_t / (1 - abar_t)
@@ -282,13 +282,13 @@ def train_unet(
     checkpoint: Checkpoint,
     start: StableDiffusion | None = None,
 ) -> Denoiser:
-    """Train U-Net and text transformer together; return their moving average.
+    """Train U-Net and text transformer together; return their moving average (EMA).
 
     latents     (N, 4, 16, 16)  scaled latents of the pictures with these captions; under torchrun, this process's own
     captions    N lists         VARIANTS ways to describe each picture
     chances     (N,)            how often each is shown, in any unit
-    batch_size  samples a step, in each process
-    start       the model whose weights to begin with, where their shapes fit; None: random ones
+    batch_size  samples per step, in each process
+    start       the model whose weights to start from, where their shapes fit; None: random ones
     """
     tokens = torch.stack([tokenizer(said).short() for said in captions])  # (N, VARIANTS, 77)
     empty = tokenizer([""])
@@ -358,10 +358,10 @@ def train_base(
 ) -> None:
     """Train the whole toy base and write it to `output` in half precision. A finished autoencoder there is kept.
 
-    model  the toy base whose U-Net and text transformer to train on, its autoencoder kept; None: from scratch
+    model  the toy base whose U-Net and text transformer to train further, its autoencoder kept; None: from scratch
 
-    Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process a core waits for
-    the other once a step, threads of one process at every layer.
+    Under torchrun each process learns from its own share of the scenes, `batch_size` in all: one process per core waits
+    for the others once per step, the threads of one process at every layer.
     """
     rank, world = init_distributed()
     check_resume(output / "checkpoint.pt", resume)
@@ -384,7 +384,7 @@ def train_base(
 
 
 def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device, checkpoint: Checkpoint) -> VAE:
-    """Return the autoencoder of the file `finished`, trained first if there is none: in one process, while others wait."""
+    """Return the autoencoder in the file `finished`, trained first if there is none: in one process, while others wait."""
     if not finished.is_file() and init_distributed()[0] == 0:
         images, _, _ = pictures(range(min(scenes, 4000)))
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What a training leaves on disk, and how it is watched: log, sheets, checkpoints, validation.
+"""What a training run leaves on disk, and how it is monitored: log, sheets, checkpoints, validation.
 
 The loss says nothing about following: it hardly changes when a ControlNet suddenly begins to obey. So the same hints and
 seeds are drawn at every stage and scored, and numbers that do change are logged beside the loss.
@@ -27,7 +27,7 @@ from minicn.toy import measures
 from minicn.vae import VAE
 
 FOLLOWS = 0.3  # the score from which a ControlNet is said to follow
-QUARTERS = (125, 375, 625, 875)  # timesteps that stand for the quarters of the schedule
+QUARTERS = (125, 375, 625, 875)  # timesteps that represent the quarters of the schedule
 
 
 def stack(pictures: Sequence[np.ndarray]) -> Tensor:
@@ -127,7 +127,7 @@ def zero_norms(net: ControlNet) -> dict[str, float]:
 
 
 def save_whole(state: dict, path: Path) -> None:
-    """Write a checkpoint under a temporary name and rename it: a kill leaves the old or the new one whole.
+    """Write a checkpoint under a temporary name and rename it: a kill leaves either the old or the new one intact.
 
     Raises OSError, saying so, if the disk is full.
     """
@@ -140,7 +140,7 @@ def save_whole(state: dict, path: Path) -> None:
             temporary.unlink()
         raise OSError(
             f"{path} cannot be written ({' '.join(str(error).split())[:100]}): free space, then --resume continues from the "
-            "checkpoint before, which is whole"
+            "checkpoint before, which is intact"
         ) from error
 
 
@@ -155,8 +155,8 @@ def check_resume(checkpoint: Path, resume: bool) -> None:
 class Run:
     """The folder of a training run: log.csv, stages/*.png, sheet.png, checkpoint.pt, controlnet.safetensors.
 
-    settings  what must be the same when a run is resumed, but for `steps`, which may grow
-    keep      how many older checkpoints stay, as checkpoint-STEP.pt
+    settings  what must be the same when a run is resumed, except `steps`, which may grow
+    keep      how many older checkpoints are kept, as checkpoint-STEP.pt
     """
 
     def __init__(self, folder: Path, settings: dict, keep: int = 0):
@@ -196,7 +196,7 @@ class Run:
             self._lock.close()
 
     def save(self, step: int, state: dict) -> None:
-        """Write the checkpoint; keep as many older ones as asked for. `load` returns `state` again."""
+        """Write the checkpoint; keep as many older ones as asked for. `state` is what resuming needs."""
         before = self.checkpoint.is_file() and self.keep
         if before:
             done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
@@ -208,13 +208,13 @@ class Run:
             old.unlink()
 
     def load(self) -> dict:
-        """Return the newest checkpoint that is whole.
+        """Return the newest checkpoint that is intact.
 
-        Raises ValueError if it was made with other settings, or has done more steps, or none is whole.
+        Raises ValueError if it was made with other settings, or has done more steps, or none is intact.
         """
         for path in (self.checkpoint, *sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)  # a card's, on a machine without, too
+                state = torch.load(path, map_location="cpu", weights_only=True)  # from a GPU, on a machine without one, too
                 break
             except Exception:  # whatever a damaged file makes PyTorch's reader raise
                 continue
@@ -225,7 +225,7 @@ class Run:
             if before != value and name != "steps":
                 raise ValueError(f"{path} was made with --{name.replace('_', '-')} {before}, not {value}: give the same")
         if state["step"] > self.settings["steps"]:
-            raise ValueError(f"{path} has done {state['step']} steps already: give more --steps")
+            raise ValueError(f"{path} has done {state['step']} steps already: give a larger --steps")
         self.rows, self.losses = state["rows"], state["losses"]
         return state
 
@@ -246,7 +246,7 @@ class Run:
                     board.add_scalar(name, value, row["step"])
 
     def save_stage(self, step: int, images: list[Image.Image]) -> None:
-        """Keep the pictures of a stage as one column, for the sheets to come."""
+        """Keep the pictures of a stage as one column, for later sheets."""
         column = np.concatenate([np.asarray(image) for image in images])
         Image.fromarray(column).save(self.folder / "stages" / f"{step:06d}.png")
 
@@ -302,7 +302,7 @@ class Run:
     def verdict(self) -> str:
         """Say in a sentence at which step the ControlNet began to follow."""
         if math.isnan(self.rows[-1]["score"]):
-            return "No validation picture was drawn, so it is unknown whether it follows."
+            return "No pictures were drawn during training, so nothing can be said about following."
         for before, row in zip(self.rows, self.rows[1:], strict=False):
             if row["score"] >= FOLLOWS:
                 return (

@@ -41,7 +41,7 @@ def test_the_paper_hint_encoder_is_saved_in_our_own_layout_alone(unet, batch, tm
     again = ControlNet.load(tmp_path / "net.safetensors", unet=unet)
     assert again.cfg.paper_hint_encoder
     assert same(tensors(again), tensors(net))
-    with pytest.raises(ValueError, match="no place for the hint encoder of the paper"):
+    with pytest.raises(ValueError, match="does not have the paper's hint encoder"):
         net.save(tmp_path / "folder", layout="diffusers")
     assert not (tmp_path / "folder").exists()
 
@@ -77,7 +77,7 @@ def test_unknown_layouts_and_missing_files_are_refused(controlnet, tmp_path):
     """Errors name what came and what is known."""
     with pytest.raises(ValueError, match='layout is \'onnx\', but must be "ldm" or "diffusers"'):
         controlnet.save(tmp_path / "x", layout="onnx")
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is no file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is not a file or folder"):
         ControlNet.load(tmp_path / "nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="no ControlNet toy-unheard-of; those that are installed"):
         ControlNet.load("toy-unheard-of")
@@ -88,7 +88,7 @@ def test_a_file_cut_off_is_refused(controlnet, tmp_path):
     path = tmp_path / "net.safetensors"
     controlnet.save(path)
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"net\.safetensors is no whole \.safetensors file"):
+    with pytest.raises(ValueError, match=r"net\.safetensors is not a complete \.safetensors file"):
         ControlNet.load(path)
 
 
@@ -142,7 +142,7 @@ BAD_CONTROLS = {
     "reversed": (lambda c: c[::-1], r"control\[0\] has shape \(2, 32, 1, 2\), but the model needs \(2, 8, 8, 16\)"),
     "other size": (
         lambda c: [*c[:3], c[3][..., :-1], *c[4:]],
-        r"control\[3\] has shape \(2, 8, 4, 7\), but the model needs \(2, 8, 4, 8\): use a ControlNet of this U-Net",
+        r"control\[3\] has shape \(2, 8, 4, 7\), but the model needs \(2, 8, 4, 8\): use a ControlNet with this U-Net",
     ),
     "other batch": (
         lambda c: [*c[:12], c[12].expand(2, -1, -1, -1).repeat(2, 1, 1, 1)],

@@ -169,7 +169,7 @@ def test_two_controlnets_add_their_residuals(sd, net, hint):
     ("settings", "words"),
     [
         ({"hint": [1], "controlnet": []}, "the ControlNet is missing"),
-        ({"hint": "both", "controlnet": "one"}, "1 ControlNets came with 2 hints"),
+        ({"hint": "both", "controlnet": "one"}, "got 1 ControlNets, 2 hints"),
         ({"hint": "both", "controlnet": "two", "conditioning_scale": [1.0]}, "1 conditioning scales"),
         ({"hint": "both", "controlnet": "two", "conditioning_scale": [1.0, -1.0]}, "conditioning_scale is -1.0"),
         ({"hint": "both", "controlnet": "two", "conditioning_scale": [1.0, float("nan")]}, "conditioning_scale is nan"),
@@ -177,8 +177,8 @@ def test_two_controlnets_add_their_residuals(sd, net, hint):
         ({"denoise": 0.0}, "denoise is 0"),
         ({"denoise": 1.5}, "denoise is 1.5"),
         ({"mask": Image.new("L", (128, 128))}, "a mask needs the image"),
-        ({"image": Image.new("RGB", (64, 64)), "height": 128}, "the image has 64x64 pixels, but the picture 64x128"),
-        ({"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (8, 8))}, "the mask has 8x8 pixels"),
+        ({"image": Image.new("RGB", (64, 64)), "height": 128}, "the image is 64x64 pixels, but the picture 64x128"),
+        ({"image": Image.new("RGB", (64, 64)), "mask": Image.new("L", (8, 8))}, "the mask is 8x8 pixels"),
         ({"num_steps": 1001}, "num_steps is 1001"),
         ({"height": 100}, "multiples of 8"),
         ({"height": 0}, "multiples of 8"),
@@ -314,7 +314,7 @@ def test_nan_names_step_and_remedy(sd):
 def test_words_that_are_lost_are_named(sd):
     """A prompt of more than 77 tokens is cut, and the warning says what was lost."""
     long = "a red ball " * 26 + "and at last a star"  # 78 tokens before the end
-    with pytest.warns(UserWarning, match="longer than 77 tokens: lost is 'a red ball and at last a star'"):
+    with pytest.warns(UserWarning, match="longer than 77 tokens: 'a red ball and at last a star' is cut off"):
         context = sd.encode_prompts([long])
     assert torch.equal(context, sd.text_encoder(sd.tokenizer([long])))
     with warnings.catch_warnings():
@@ -434,7 +434,7 @@ def write_bomb(path):
         (["--prompt", "x", "--image", "{tmp}/tiny.png"], "multiples of 8"),
         (["--prompt", "x", "--denoise", "0", "--image", "{tmp}/mask.png"], "denoise is 0"),
         (["--prompt", "x", "--height", "100"], "multiples of 8"),
-        (["--prompt", "x", "--model", "{tmp}/cut.png"], "is no file of weights"),
+        (["--prompt", "x", "--model", "{tmp}/cut.png"], "is not a weights file"),
         (["--prompt", "x", "--tokenizer", "{tmp}"], "has no vocab.json"),
         (["--prompt-setting", "automatic", "--captioner", "{tmp}"], "--captioner"),
     ],
@@ -459,9 +459,9 @@ def test_generate_refuses_in_one_line(tmp_path, refused, monkeypatch, arguments,
         (["convert", "toy", "{tmp}", "--layout", "diffusers"], "exists already"),
         (["convert", "toy", "{tmp}/x.safetensors", "--layout", "ldm", "--part", "controlnet"], "holds no ControlNet"),
         (["convert", "toy-canny", "{tmp}/x.safetensors", "--layout", "ldm", "--part", "vae"], "holds no autoencoder"),
-        (["convert", "{tmp}/none", "{tmp}/x.safetensors", "--layout", "ldm"], "is no file or folder"),
-        (["inspect", "{tmp}/none"], "is no file or folder"),
-        (["inspect", "{tmp}/text"], "is no file of weights"),
+        (["convert", "{tmp}/none", "{tmp}/x.safetensors", "--layout", "ldm"], "is not a file or folder"),
+        (["inspect", "{tmp}/none"], "is not a file or folder"),
+        (["inspect", "{tmp}/text"], "is not a weights file"),
         (["inspect", "toy-canny", "--compare-to", "toy"], "holds no U-Net"),
     ],
 )

@@ -95,7 +95,7 @@ def test_a_file_that_is_no_gz_is_refused(tmp_path, case):
     """What is no gzip file of text is refused, named."""
     path = tmp_path / "merges.txt.gz"
     path.write_bytes(NO_GZ[case])
-    with pytest.raises(ValueError, match=r"merges\.txt\.gz is no gzip file of merges"):
+    with pytest.raises(ValueError, match=r"merges\.txt\.gz is not a gzip file of merges"):
         Tokenizer.load(path)
 
 
@@ -104,9 +104,9 @@ def test_lines_that_are_no_pairs_are_refused(tokenizer, tmp_path, line):
     """merges.txt and the gz hold two tokens a line."""
     tokenizer.save(tmp_path)
     (tmp_path / "merges.txt").write_text(f"#version\nl o\n{line}\n", "utf-8")
-    with pytest.raises(ValueError, match=r"merges\.txt has a line that is no pair of tokens"):
+    with pytest.raises(ValueError, match=r"merges\.txt has a line that is not a pair of tokens"):
         Tokenizer.load(tmp_path)
-    with pytest.raises(ValueError, match=r"x\.gz has a line that is no pair of tokens"):
+    with pytest.raises(ValueError, match=r"x\.gz has a line that is not a pair of tokens"):
         Tokenizer.load(gz(tmp_path / "x.gz", ["#version", line]))
 
 
@@ -121,7 +121,7 @@ def test_a_vocabulary_of_something_else_is_refused(tokenizer, tmp_path, text):
 
 def test_what_is_no_list_of_texts_is_refused(tokenizer):
     """A bare string would be read letter by letter, and a number not at all: the error says what is taken."""
-    with pytest.raises(TypeError, match=r"prompts are one text, but the tokenizer takes a list of texts"):
+    with pytest.raises(TypeError, match=r"prompts are one string, but the tokenizer takes a list of strings"):
         tokenizer("a red ball")
     with pytest.raises(TypeError, match=r"prompts are <class 'int'>, but"):
         tokenizer(["low", 3])

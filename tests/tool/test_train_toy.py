@@ -69,7 +69,7 @@ def test_the_loop_on_the_page_is_the_engines(tmp_path):
 
 def test_several_processes_are_sent_to_the_engine(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(train_toy.distributed, "init_distributed", lambda: (0, 2))
-    assert "for several use torchrun -m minicn train" in refused(train, tmp_path / "out")
+    assert "for several, use `minicn train`" in refused(train, tmp_path / "out")
 
 
 def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
@@ -186,7 +186,7 @@ def test_the_base_can_go_on_from_a_model(tmp_path):
         (["--device", "abacus"], "device 'abacus' is not available"),
         (["--device", "meta"], "computes nothing"),
         (["--condition", "smell"], "canny"),
-        (["--model", "nowhere"], "nowhere is no file or folder"),
+        (["--model", "nowhere"], "nowhere is not a file or folder"),
         (["--resume"], "holds no checkpoint"),
     ],
 )
@@ -255,7 +255,7 @@ def test_minicn_condition_and_generate_make_pictures(tmp_path, capsys):
         (["--output", "{tmp}/out.psd"], "no extension of a writable picture format"),
         (["--output", "{tmp}/out.png", "--num-steps", "0"], "expected an integer from 1 to 1000, got '0'"),
         (["--output", "{tmp}/out.png", "--seed", "-1"], "from 0 to"),
-        (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is no file or folder"),
+        (["--output", "{tmp}/out.png", "--model", "{tmp}/none"], "is not a file or folder"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png"], "go together"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/none.png", "--controlnet", "toy-canny"], "does not exist"),
         (["--output", "{tmp}/out.png", "--hint", "{tmp}/text.png", "--controlnet", "toy-canny"], "is not a readable image"),
