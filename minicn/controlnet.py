@@ -42,8 +42,8 @@ class ControlledBlock(nn.Module):
         self, block: nn.Module, c_in: int, c_out: int | None = None, zero: Callable[[int, int], nn.Module] = zero_conv
     ):
         super().__init__()
-        self.copy = copy.deepcopy(block).requires_grad_(True)  # T_c
-        self.locked = block.requires_grad_(False).eval()  # T
+        self.copy = copy.deepcopy(block).requires_grad_(True)  # T_c, the trainable copy
+        self.locked = block.requires_grad_(False).eval()  # T, the locked copy
         self.zero_in = zero(c_in, c_in)  # T_z1
         self.zero_out = zero(c_out or c_in, c_out or c_in)  # T_z2
 
@@ -70,7 +70,7 @@ class ControlNetConfig:
 
 
 def hint_encoder(c_out: int, channels: tuple[int, ...] = (16, 32, 96, 256), paper: bool = False) -> nn.Sequential:
-    """Return E of c_f = E(c_i), eq. (9): hint (B, 3, H, W) in [0, 1] to features (B, C, H/8, W/8), zero at first.
+    """Return the hint encoder E, c_f = E(c_i), eq. (9): (B, 3, H, W) in [0, 1] to (B, C, H/8, W/8), zero at first.
 
     Paper vs code: the paper describes 4x4 stride-2 convolutions with ReLU; the released weights were trained with eight
     3x3 ones and SiLU, three of stride 2. The weights decide; `paper=True` gives the paper's. (It lists four widths, 16
@@ -173,7 +173,7 @@ class ControlNet(nn.Module):
             # Paper vs code: the figure adds the hint to x before the first convolution; the weights expect it after.
             h = h + hint_features if i == 0 else h
             control.append(None if self.only_middle else zero(h))
-        control.append(self.middle_block_out(self.middle_block(h, emb, context)))
+        control.append(self.middle_block_out(self.middle_block(h, emb, context)))  # 12 + 1
         if self.cfg.global_pool:
             control = [c if c is None else c.mean((2, 3), keepdim=True) for c in control]
         return control

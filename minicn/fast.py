@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from minicn.controlnet import ControlNet
 from minicn.unet import Attention, Block, ResBlock, SpatialTransformer, TransformerBlock, UNet
 
+# What a convolution has that Conv3x3 may take over.
+SAME = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+
 
 def layout(device: str | torch.device) -> torch.memory_format:
     """Return the memory layout in which convolutions are fast on a device.
@@ -33,7 +36,7 @@ def prepare(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.GroupNorm:
             module.__class__ = GroupNorm
-        elif type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.stride == (1, 1):
+        elif type(module) is nn.Conv2d and all(getattr(module, name) == value for name, value in SAME.items()):
             module.__class__ = Conv3x3
     for parameter in model.parameters():
         if parameter.ndim == 4:

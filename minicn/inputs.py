@@ -115,9 +115,9 @@ def check_settings(prompt, settings: dict) -> None:
         raise ValueError(
             f"control_start {settings['control_start']} lies after control_end {settings['control_end']}: swap them"
         )
-    if not isinstance(prompt, str) and (settings["num_images"] != 1 or not list(prompt)):
+    if not isinstance(prompt, str) and (settings["num_images"] != 1 or not prompt):
         raise ValueError(
-            f"{len(list(prompt))} prompts with num_images {settings['num_images']}: a list gives one picture per prompt"
+            f"{len(prompt)} prompts with num_images {settings['num_images']}: a list gives one picture per prompt"
         )
     if settings["guess_mode"] not in (False, True, "diffusers"):
         raise ValueError(f'guess_mode is {settings["guess_mode"]!r}, but must be False, True or "diffusers"')

@@ -180,12 +180,13 @@ class StableDiffusion:
         if callable(prompt):
             first = self.generate([DEFAULT_PROMPT] * num_images, **settings | {"num_images": 1})
             return self.generate([prompt(picture) for picture in first], **settings | {"num_images": 1})
+        prompt = prompt if isinstance(prompt, str) else list(prompt)
         check_settings(prompt, settings)
         nets, hints, scales = pair_hints(controlnet, hint, conditioning_scale)
         height, width = size_of(height, width, hints, image, self.image_size)
         self.prepare(*nets)
 
-        prompts = [prompt] * num_images if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] * num_images if isinstance(prompt, str) else prompt
         guided = guidance_scale != 1
         context = self.encode_prompts([negative_prompt] * len(prompts) + prompts if guided else prompts)
         generator = torch.Generator("cpu").manual_seed(seed)

@@ -27,7 +27,8 @@ class Recipe:
     steps: int = setting(MISSING, "optimiser steps", low=1)
     batch_size: int = setting(4, "samples per step, over all processes and parts", low=1)
     lr: float = setting(1e-5, "learning rate of AdamW", high=1)
-    seed: int = setting(0, "for initial weights, data order, noise, timesteps and dropped prompts")
+    # At most what PyTorch's generators take, times the million of `Examples.batch`.
+    seed: int = setting(0, "for initial weights, data order, noise, timesteps and dropped prompts", high=9 * 10**12)
     drop_prompt: float = setting(0.5, "fraction of prompts replaced by the empty prompt", high=1)
     connect: str = setting("all", "middle: the paper's small-scale regime", choices=("all", "middle"))
     unlock: str = setting("none", "part of Stable Diffusion to train, too", choices=("none", "decoder", "all"))
@@ -80,7 +81,7 @@ class Examples:
         """Draw the batch of a step, or a part of it: sample i of step s is a function of (seed, s, i) alone.
 
         So a run can be resumed anywhere, and several processes, or accumulated parts, make up one batch.
-        50% dropping of the prompts: where the prompt is empty, the network must learn from the hint what is there.
+        50% dropping: where the prompt is empty, the ControlNet must learn from the hint alone what is there.
         Paper vs code: the released training code drops none.
         """
         random = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -131,7 +132,7 @@ def apply_regime(unet: UNet, net: ControlNet, recipe: Recipe) -> list[dict]:
     net.only_middle = recipe.connect == "middle"
     if net.only_middle:
         net.zero_convs.requires_grad_(False)
-    unet.requires_grad_(recipe.unlock == "all")
+    unet.requires_grad_(recipe.unlock == "all")  # the locked copy, but in the large-scale regime
     if recipe.unlock == "decoder":
         unet.output_blocks.requires_grad_(True)
         unet.out.requires_grad_(True)

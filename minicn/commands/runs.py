@@ -1,6 +1,7 @@
 """What `minicn train` and train_toy.py share: options, most of them the fields of `Recipe`, and the beginning of a run."""
 
 import dataclasses
+import math
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,9 @@ def add_recipe(add: Callable, names: str, **defaults) -> None:
             option["choices"] = meaning["choices"]
         else:
             low, high = meaning["low"], meaning["high"]
-            option["type"] = cli.whole(low) if field.type is int else cli.number(low, high)
+            option["type"] = (
+                cli.whole(low, math.inf if high is None else high) if field.type is int else cli.number(low, high)
+            )
             option["help"] += f", {low} and up" if high is None else f", {low} to {high}"
             if default is dataclasses.MISSING:
                 option |= {"required": True, "default": None}

@@ -42,7 +42,7 @@ def train(
     """
     try:
         spread = distributed.spread(sd.unet, prepare(sd, net, recipe), recipe)
-    except ValueError:
+    except BaseException:
         run.release()
         raise
     groups = training.apply_regime(spread.learner.unet, spread.learner.net, recipe)

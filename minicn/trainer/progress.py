@@ -146,6 +146,7 @@ class Progress:
         loss = statistics.fmean(self.run.losses or [math.nan])
         self.run.losses.clear()
         score, more = math.nan, {}
+        seconds = self.earlier + self.bar.format_dict["elapsed"] if self.step else 0.0  # without this row's pictures
         if self.validation is not None:
             with self.models_on_device():
                 images = self.validation.draw(self.net.eval())
@@ -153,7 +154,6 @@ class Progress:
                 self.net.train()
                 self.run.save_stage(self.step, images)
         more = {name: float(f"{value:.5g}") for name, value in {**more, **zero_norms(self.net)}.items()}
-        seconds = self.earlier + self.bar.format_dict["elapsed"] if self.step else 0.0
         self.run.log(step=self.step, loss=round(loss, 5), score=round(score, 4), seconds=round(seconds, 1), **more)
         if self.validation is not None:
             self.run.save_sheet(self.validation)

@@ -197,10 +197,9 @@ class Run:
 
     def save(self, step: int, state: dict) -> None:
         """Write the checkpoint; keep as many older ones as asked for. `state` is what resuming needs."""
-        before = self.checkpoint.is_file() and self.keep
-        if before:
-            done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
-            with contextlib.suppress(FileExistsError):
+        if self.checkpoint.is_file() and self.keep:
+            with contextlib.suppress(Exception):  # a damaged one, of which `load` took an older: it is not kept
+                done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
                 os.link(self.checkpoint, self.folder / f"checkpoint-{done:08d}.pt")
         state = {**state, "step": step, "settings": self.settings, "rows": self.rows, "losses": self.losses}
         save_whole(state, self.checkpoint)

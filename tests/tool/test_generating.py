@@ -235,6 +235,19 @@ def test_nets_of_one_half_and_of_both_add_for_several_pictures(sd, net, hint):
     assert abs(images[0] - first).max() <= 1
 
 
+def test_prompts_may_come_from_anything_that_yields_them(sd):
+    both = draw(sd, ["a red ball", "a blue box"], num_steps=1)
+    assert np.array_equal(draw(sd, (prompt for prompt in ("a red ball", "a blue box")), num_steps=1), both)
+
+
+def test_only_convolutions_that_keep_the_size_are_exchanged():
+    """Others of 3x3, as strided, unpadded, dilated or grouped ones, stay what they are."""
+    others = [{"stride": 2, "padding": 1}, {}, {"padding": 2, "dilation": 2}, {"padding": 1, "groups": 2}]
+    layers = torch.nn.Sequential(*(torch.nn.Conv2d(4, 4, 3, **settings) for settings in [*others, {"padding": 1}]))
+    fast.prepare(layers)
+    assert [type(layer) for layer in layers] == 4 * [torch.nn.Conv2d] + [fast.Conv3x3]
+
+
 def test_guess_mode_without_guidance_scales_all(sd, net, hint):
     """Guidance off leaves one half; it is controlled."""
     plain = draw(sd, hint=hint, controlnet=net, guidance_scale=1.0)

@@ -182,7 +182,7 @@ def test_the_base_can_go_on_from_a_model(tmp_path):
         (["--steps", "many"], "expected an integer from 1, got 'many'"),
         (["--batch-size", "0"], "got '0'"),
         (["--lr", "-1"], "expected a number from 0 to 1, got '-1'"),
-        (["--seed", "-1"], "expected an integer from 0, got '-1'"),
+        (["--seed", "-1"], "expected an integer from 0 to 9000000000000, got '-1'"),
         (["--device", "abacus"], "device 'abacus' is not available"),
         (["--device", "meta"], "computes nothing"),
         (["--condition", "smell"], "canny"),

@@ -375,6 +375,9 @@ def test_older_checkpoints_are_kept_and_used_if_the_newest_is_damaged(tmp_path):
     assert run.load()["step"] == 4
     run.checkpoint.write_bytes(run.checkpoint.read_bytes()[:100])
     assert run.load()["step"] == 3
+    run.save(4, {"net": torch.tensor(4)})  # over the damaged one
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == names
+    assert run.load()["step"] == 4
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="is damaged, and no older one is kept"):
