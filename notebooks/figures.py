@@ -20,6 +20,9 @@ if missing:
         "in the folder above this one, then restart the kernel"
     )
 
+import minicn  # noqa: E402, F401  (before PyTorch is loaded: it bounds how long threads spin, see minicn/threads.py)
+
+# isort: split
 import matplotlib.pyplot as plt  # noqa: E402
 from IPython.display import Image, Markdown, display  # noqa: E402
 

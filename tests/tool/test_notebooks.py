@@ -74,6 +74,16 @@ def test_a_notebook_asks_lets_predict_asserts_and_sums_up(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_figures_come_before_pytorch(name):
+    """They load minicn first, which bounds how long OpenMP's threads spin: too late once PyTorch is loaded."""
+    modules = re.findall(r"^(?:import|from) (\w+)", code(name), re.MULTILINE)
+    assert modules.index("figures") < modules.index("torch")
+    loaded = (FOLDER / "figures.py").read_text("utf-8")
+    assert re.search(r"^import minicn\b.*\n", loaded, re.MULTILINE).start() < loaded.index("import matplotlib")
+    assert not re.search(r"^import torch", loaded, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_what_a_notebook_names_exists(name):
     """Links lead to files; named files are there; what stands as `minicn.x`, `toy.x`, ... is a name of minicn."""
     check_links(prose(name))
