@@ -335,7 +335,7 @@ def test_load_hint_reads_a_file(tmp_path):
 
 
 BAD_HINTS = {
-    "float array": (np.zeros((4, 4, 3)), ValueError, r"array of float64 and shape \(4, 4, 3\), but must be uint8"),
+    "float array": (np.zeros((4, 4, 3)), ValueError, r"array of dtype float64 and shape \(4, 4, 3\), but must be uint8"),
     "2 channels": (
         np.zeros((4, 4, 2), np.uint8),
         ValueError,
