@@ -25,7 +25,7 @@ from minicn.trainer import examples as examples_module
 from minicn.trainer.examples import from_pairs, from_scenes
 from minicn.unet import Block
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from minicn.checkpoints import hub
 from minicn.toy import measures
 from minicn.trainer import recording
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
 TABLE = README.split("## Hints")[1].split("\n## ")[0]
 
 
