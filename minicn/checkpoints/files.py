@@ -4,16 +4,19 @@ Three containers: .safetensors, read by its own library; PyTorch's zip; PyTorch'
 function to be called. None is: classes and functions that tensors do not need become inert stubs.
 """
 
+import codecs
 import contextlib
 import json
 import math
 import os
 import pickle
+import re
 import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -274,18 +277,66 @@ def write(path: str | Path, state: State, metadata: dict[str, str] | None = None
             temporary.unlink()
 
 
-def read_json(path: str | Path) -> dict:
-    """Read a configuration file. Raises FileNotFoundError or ValueError naming it."""
+TEXT_BYTES = 2**24  # of a text file that is read whole, at most; CLIP's largest, tokenizer.json, has 3.6 MB
+DEPTH = 32  # of lists and objects within each other, at most
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """Read an ordinary text file: UTF-8, with or without a byte-order mark, or UTF-16 with one.
+
+    what  the file is meant to be, in words
+    Raises FileNotFoundError or ValueError, naming it, also for pipes and devices, which might never end, and beyond 16 MB.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, but belongs in a diffusers folder")
+        raise FileNotFoundError(f"{path} does not exist or is not a file: name {what}")
+    with open(path, "rb") as file:
+        raw = file.read(TEXT_BYTES + 1)
+    if len(raw) > TEXT_BYTES:
+        raise ValueError(f"{path} is not {what}: it is larger than {TEXT_BYTES >> 20} MB")
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a configuration: expected a JSON object")
+        return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {what} in UTF-8: {error}") from error
+
+
+def parse_json(text: str, where: str | Path, what: str = "JSON") -> Any:
+    """Return what a text in JSON says. Raises ValueError, naming `where`, for another or one nested more than 32 deep."""
+    try:
+        content = json.loads(text, strict=False)  # a tab may stand in a string as it is
+        depth, parts = 0, [content]
+    except RecursionError:
+        depth, parts = DEPTH, [None]
+    except ValueError as error:
+        raise ValueError(f"{where} is not {what}: {error}") from error
+    while parts and depth < DEPTH:
+        inner = (part.values() if isinstance(part, dict) else part for part in parts if isinstance(part, dict | list))
+        depth, parts = depth + 1, [value for values in inner for value in values]
+    if parts:
+        raise ValueError(f"{where} is not {what}: lists or objects are nested more than {DEPTH} deep")
     return content
+
+
+def read_json(path: str | Path, what: str = "a JSON configuration") -> dict:
+    """Read a JSON object. Raises FileNotFoundError or ValueError naming the file, as `read_text` and `parse_json` do."""
+    content = parse_json(read_text(path, what), path, what)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not {what}: expected an object, {{...}}")
+    return content
+
+
+def printable(text: object, longest: int = 600) -> str:
+    """Return what came from a file, or may have, as one line that a terminal only shows.
+
+    Control characters, those that turn the direction of writing, and halves of characters become escapes (\\x1b); of a
+    long text the middle is left out.
+    """
+
+    def cut(line: str) -> str:
+        return line if len(line) <= longest else f"{line[: longest * 2 // 3]} ... {line[-longest // 3 :]}"
+
+    line = re.sub(r"[^\S ]\s*", " ", cut(str(text)))  # a new line, with the indentation of the next
+    return cut("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 def write_json(path: str | Path, config: dict) -> None:

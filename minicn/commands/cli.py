@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from minicn import threads
+from minicn.checkpoints import files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, which --help shows."""
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} ({self.prog} --help lists all options)\n")
+        self.exit(2, f"error: {files.printable(message)} ({self.prog} --help lists all options)\n")
 
 
 def parser(**settings) -> argparse.ArgumentParser:
@@ -157,7 +158,7 @@ def check_folder(folder: Path) -> None:
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print minicn's own warnings as one line; other libraries' warnings are for developers."""
     if Path(__file__).parents[1] in Path(filename).parents:
-        print(f"note: {message}", file=sys.stderr)
+        print(f"note: {files.printable(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -167,7 +168,7 @@ def polite_errors(output: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {files.printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         kept = output is not None and (output / "checkpoint.pt").is_file()

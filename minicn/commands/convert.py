@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from minicn.checkpoints import converting
+from minicn.checkpoints import converting, files
 from minicn.commands import cli
 
 
@@ -33,12 +33,12 @@ def convert(args: argparse.Namespace) -> None:
     names = "part unet transfer_to transfer_from tokenizer variant ema"
     settings = {name: getattr(args, name) for name in names.split()}
     dtype = args.dtype and cli.DTYPES[args.dtype]
-    print(converting.convert(args.source, args.destination, args.layout, dtype=dtype, **settings))
+    print(files.printable(converting.convert(args.source, args.destination, args.layout, dtype=dtype, **settings)))
 
 
 def inspect(args: argparse.Namespace) -> None:
     for line in converting.describe(args.source):
-        print(line)
+        print(files.printable(line))
     if args.compare_to:
         for line in converting.compare(args.source, args.compare_to):
-            print(line)
+            print(files.printable(line))

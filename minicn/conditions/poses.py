@@ -1,12 +1,14 @@
 """Poses: the skeletons of OpenPose and OpenPifPaf, drawn from key points and from the JSON files that hold them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from minicn.checkpoints import files
 from minicn.conditions import drawing
-from minicn.conditions.images import check_file, check_version
+from minicn.conditions.images import check_version
+
+KEY_POINTS = "a JSON file of key points"
 
 # OpenPose's 18 points: nose, neck, right shoulder, elbow, wrist, the same on the left, right hip, knee, ankle, the same on
 # the left, right eye, left eye, right ear, left ear. Limbs are pairs of points, numbered from 0, in the order of their
@@ -107,7 +109,7 @@ def read_openpose(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | None]
     COCO-18 or BODY_25, by the number of values; BODY_25's feet and mid-hip are left out.
     Raises FileNotFoundError or ValueError for another format or a file without people.
     """
-    found = _read_json(path)
+    found = files.parse_json(files.read_text(path, KEY_POINTS), path, KEY_POINTS)
     if isinstance(found, list) and len(found) == 1:
         found = found[0]
     if not isinstance(found, dict) or not isinstance(found.get("people"), list):
@@ -129,7 +131,7 @@ def read_openpifpaf(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | Non
     OpenPifPaf writes a list of objects with "keypoints"; COCO an object with "annotations" (and "images").
     Raises FileNotFoundError or ValueError for another format, several images or a file without people.
     """
-    found, size = _read_json(path), None
+    found, size = files.parse_json(files.read_text(path, KEY_POINTS), path, KEY_POINTS), None
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         images = found.get("images")
         if isinstance(images, list) and len(images) == 1 and isinstance(images[0], dict):
@@ -141,14 +143,6 @@ def read_openpifpaf(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | Non
         raise ValueError(f'{path} is not an OpenPifPaf or COCO key-point file: it has no list of objects with "keypoints"')
     people = [_points(path, i, entry["keypoints"], {51: 17}, "COCO's 17 points") for i, entry in enumerate(found)]
     return _people(path, people, size)
-
-
-def _read_json(path: str | Path):
-    check_file(path, "a JSON file of key points")
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file of key points: {error}") from error
 
 
 def _points(path: str | Path, person: int, values: object, counts: dict[int, int], names: str) -> np.ndarray:
