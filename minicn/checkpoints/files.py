@@ -11,10 +11,11 @@ import math
 import os
 import pickle
 import re
+import tempfile
 import types
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -260,21 +261,34 @@ def find_weights(folder: Path, names: tuple[str, ...], variant: str | None = Non
     raise FileNotFoundError(f"{folder} holds no {wanted} (nor .bin, nor shards): fetch the folder again")
 
 
-def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file under a temporary name, then rename it: a file of this name is always whole."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a name under which to write a file, or a new folder, that becomes `path` when `with` ends without an error.
+
+    The name lies in a fresh folder beside `path`, so nothing that a user has is touched, and no link is followed.
+    Raises OSError, saying why, if it cannot be written: nothing half-written remains, and what was there is intact.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    temporary.touch()
-    mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes its files private
     try:
-        safetensors.torch.save_file(state, temporary, {"format": "pt", **(metadata or {})})
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".minicn-", dir=path.parent, ignore_cleanup_errors=True) as fresh:
+            yield Path(fresh, path.name)
+            os.replace(Path(fresh, path.name), path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own for a full disk
+        reason = getattr(error, "strerror", None) or printable(error, 100)
+        raise OSError(
+            f"{path} cannot be written ({reason}): free space, or name another place; what was there is intact"
+        ) from error
+
+
+def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file: one of this name is always whole."""
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    with replacing(path) as new:
+        new.touch()
+        mode = new.stat().st_mode  # what the user's umask gives; safetensors makes its files private
+        safetensors.torch.save_file(state, new, {"format": "pt", **(metadata or {})})
+        new.chmod(mode)
 
 
 TEXT_BYTES = 2**24  # of a text file that is read whole, at most; CLIP's largest, tokenizer.json, has 3.6 MB
@@ -340,5 +354,5 @@ def printable(text: object, longest: int = 600) -> str:
 
 
 def write_json(path: str | Path, config: dict) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    with replacing(path) as new:
+        new.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

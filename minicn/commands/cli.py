@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import ctypes
-import io
+import logging
 import math
 import os
 import sys
@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from minicn import threads
 from minicn.checkpoints import files
+from minicn.conditions import images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
@@ -128,17 +128,15 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 2**31 - 1)
 
 
-def check_picture(path: Path) -> None:
-    """Raise ValueError, before any work, for a picture that could not be written afterwards."""
+def check_picture(path: Path, *inputs: Path | None) -> None:
+    """Raise ValueError, before any work, for a picture that could not be written afterwards, or would replace an input."""
     if path.is_dir():
         raise ValueError(f"output {path} is a folder: name a file in it, as {path / 'out.png'}")
-    form = Image.registered_extensions().get(path.suffix.lower())
-    try:
-        Image.new("RGB", (8, 8)).save(io.BytesIO(), form or "none")
-    except (KeyError, OSError, ValueError) as error:
-        raise ValueError(f"output {path} has no extension of a writable picture format: name it .png or .jpg") from error
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"output {path} exists and is not writable: name another file")
+    images.format_of(path)
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise ValueError(f"output {path} exists and is not writable as a file: name another file")
+    if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
+        raise ValueError(f"output {path} is also read, and would be lost: name another file")
     if not path.parent.is_dir():
         raise ValueError(f"output {path} is in a folder that does not exist: make {path.parent} first")
     check_folder(path.parent)
@@ -165,6 +163,7 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 def polite_errors(output: Path | None = None) -> Iterator[None]:
     """Turn what a user can fix into one line on standard error and exit status 2, Ctrl-C into 130."""
     warnings.showwarning = show_warning
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error, it also raises
     try:
         yield
     except (ValueError, TypeError, OSError) as error:

@@ -72,10 +72,10 @@ def size(text: str) -> tuple[int, int]:
 
 
 def condition(args: argparse.Namespace) -> None:
-    cli.check_picture(args.hint)
+    cli.check_picture(args.hint, args.image, args.like)
     options = {key: value for key, value in vars(args).items() if key not in ("command", "name", "image", "hint")}
     hint, did = making.make(args.name, args.image, **options)
-    Image.fromarray(hint).save(args.hint)
+    conditions.save_image(Image.fromarray(hint), args.hint)
     print(f"{args.hint}: {hint.shape[1]}x{hint.shape[0]} pixels, {did}")
     for doubt in conditions.doubts(args.name, hint, args.version or "v1.1"):
         print(f"note: {args.hint} may be wrong: {doubt}", file=sys.stderr)

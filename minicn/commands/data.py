@@ -33,7 +33,7 @@ def check_data(args: argparse.Namespace) -> None:
     found = [text for pair in tqdm(pairs, desc="checking", unit="pair") for text in data.problems(pair)]
     for text in found:
         print(text)
-    data.contact_sheet(pairs).save(sheet)
+    conditions.save_image(data.contact_sheet(pairs), sheet)
     print(f"{len(pairs)} pairs, {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}; contact sheet: {sheet}")
     if found:
         sys.exit(1)

@@ -16,6 +16,7 @@ from minicn.conditions.images import (
     official_resize,
     official_size,
     resize_hint,
+    save_image,
 )
 from minicn.conditions.labels import ade20k, coco_stuff, read_labels
 from minicn.conditions.poses import (
@@ -75,6 +76,7 @@ __all__ = [
     "read_openpose",
     "resample",
     "resize_hint",
+    "save_image",
     "scribble",
     "soft_edges",
     "to_rgb",

@@ -1,5 +1,7 @@
 """Reading and sizing: from a file to pixels at the size that the official apps use, and the checks that all hints share."""
 
+import contextlib
+import math
 import warnings
 from pathlib import Path
 
@@ -7,9 +9,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from minicn.checkpoints import files
 from minicn.conditions.filters import resample
 from minicn.inputs import hint_tensor, to_rgb
 
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # to read: none is a program, as EPS is
+LARGEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535, "AVIF": 65536}  # sides, pixels
 VERSIONS = ("v1.1", "v1.0")  # of ControlNet's annotators
 
 
@@ -20,7 +25,7 @@ def check_file(path: str | Path, kind: str) -> None:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read any image that Pillow can read as 8-bit RGB: rotated by its EXIF tag, alpha composited over white.
+    """Read an image of one of FORMATS as 8-bit RGB: rotated by its EXIF tag, alpha composited over white.
 
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or not an image.
     """
@@ -32,20 +37,70 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image of any mode completely, rotated by its EXIF tag."""
+    """Read an image of any mode completely, rotated by its EXIF tag. Raises FileNotFoundError or ValueError, naming it."""
     check_file(path, "an image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # an error below
-            image = Image.open(path)
-        with image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:
-                raise ValueError(f"{image.width}x{image.height} pixels exceed Pillow's limit of {limit}: downscale it")
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are an error below
+            return _decoded(path)
+    except Exception as error:  # its decoders raise whatever a damaged file leads them to
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = (
+            f"it is damaged, or none of {', '.join(FORMATS)}"
+            if unknown
+            else files.printable(error, 200) or type(error).__name__
+        )
+        raise ValueError(f"{path} is not a readable image: {reason}") from error
+
+
+def _decoded(path: str | Path) -> Image.Image:
+    with open(path, "rb") as file:  # Compat: given the name, Pillow 13 maps the file, and mixes up a turned TIFF's pixels
+        image = Image.open(file, formats=FORMATS)
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit and image.width * image.height > limit:
+            raise ValueError(f"{image.width}x{image.height} pixels exceed Pillow's limit of {limit}: downscale it")
+        read_metadata = image.load_end
+
+        def load_end():  # Pillow's hook, after the pixels: broken metadata do not stop them
+            with contextlib.suppress(Exception):
+                read_metadata()
+
+        image.load_end = load_end
+        image.load()
+        with contextlib.suppress(Exception):  # it turns the pixels first, then changes the metadata
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+def save_image(image: Image.Image, path: str | Path, **options) -> None:
+    """Write a picture in the format of its extension, whole or not at all.
+
+    options  those of Pillow's `Image.save`
+    Raises ValueError for a format that cannot hold it, OSError if it cannot be written; what was there is intact.
+    """
+    form = format_of(path)
+    side = LARGEST.get(form, math.inf)
+    if max(image.size) > side:
+        raise ValueError(
+            f"{path}: a picture of {image.width}x{image.height} pixels does not fit into {form}, whose sides are at most "
+            f"{side}: name it .png"
+        )
+    with files.replacing(path) as new:
+        try:
+            image.save(new, form, **options)
+            whole = open_image(new).size == image.size
+        except Exception as error:  # as many kinds as there are encoders
+            raise OSError(files.printable(error, 200) or type(error).__name__) from error
+        if not whole:
+            raise OSError("it read back with another size")
+
+
+def format_of(path: str | Path) -> str:
+    """Return Pillow's name of the format of a picture to write. Raises ValueError unless it is one that is also read."""
+    form = Image.registered_extensions().get(Path(path).suffix.lower())
+    if form not in FORMATS or form not in Image.SAVE:
+        raise ValueError(f"output {path} has no extension of a writable picture format: name it .png or .jpg")
+    return form
 
 
 def load_hint(path: str | Path) -> Tensor:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from minicn import conditions, toy
+from minicn.checkpoints import files
 
 FORMATS = {  # file: names of hint, image and prompt in its lines
     "prompt.json": ("source", "target", "prompt"),
@@ -151,11 +152,10 @@ def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray
         (folder / name).mkdir(parents=True, exist_ok=True)
     for i, (hint, image, prompt) in enumerate(tqdm(pairs, desc="drawing", unit="pair", total=total)):
         for name, picture in (("source", hint), ("target", image)):
-            Image.fromarray(picture).save(folder / name / f"{i}.png")
+            conditions.save_image(Image.fromarray(picture), folder / name / f"{i}.png")
         lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))
-    temporary = folder / "prompt.json.part"
-    temporary.write_text("\n".join(lines) + "\n", "utf-8")
-    temporary.rename(folder / "prompt.json")
+    with files.replacing(folder / "prompt.json") as new:
+        new.write_text("\n".join(lines) + "\n", "utf-8")
     return len(lines)
 
 

@@ -390,7 +390,7 @@ def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torc
         torch.manual_seed(seed)
         vae = train_vae(images, steps, device, checkpoint)
         normalise_latents(vae, images[:1000])
-        torch.save(vae.state_dict(), finished)
+        save_whole(vae.state_dict(), finished)
         checkpoint.remove()
     if init_distributed()[1] > 1:
         dist.barrier()

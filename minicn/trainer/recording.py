@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from minicn import ddim
+from minicn import conditions, ddim
+from minicn.checkpoints import files
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 from minicn.toy import measures
@@ -127,21 +128,9 @@ def zero_norms(net: ControlNet) -> dict[str, float]:
 
 
 def save_whole(state: dict, path: Path) -> None:
-    """Write a checkpoint under a temporary name and rename it: a kill leaves either the old or the new one intact.
-
-    Raises OSError, saying so, if the disk is full.
-    """
-    temporary = path.with_suffix(".part")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(
-            f"{path} cannot be written ({' '.join(str(error).split())[:100]}): free space, then --resume continues from the "
-            "checkpoint before, which is intact"
-        ) from error
+    """Write a checkpoint: a kill, or a full disk, leaves either the old or the new one intact."""
+    with files.replacing(path) as new:
+        torch.save(state, new)
 
 
 def check_resume(checkpoint: Path, resume: bool) -> None:
@@ -231,7 +220,7 @@ class Run:
     def log(self, **row) -> None:
         """Add a row to log.csv, which is always the whole table."""
         self.rows.append(row)
-        with open(self.folder / "log.csv", "w", newline="") as file:
+        with files.replacing(self.folder / "log.csv") as new, open(new, "w", newline="") as file:
             table = csv.DictWriter(file, list(row))
             table.writeheader()
             table.writerows(self.rows)
@@ -247,7 +236,7 @@ class Run:
     def save_stage(self, step: int, images: list[Image.Image]) -> None:
         """Keep the pictures of a stage as one column, for later sheets."""
         column = np.concatenate([np.asarray(image) for image in images])
-        Image.fromarray(column).save(self.folder / "stages" / f"{step:06d}.png")
+        conditions.save_image(Image.fromarray(column), self.folder / "stages" / f"{step:06d}.png")
 
     def save_sheet(self, validation: Validation, rows: int = 6, most: int = 11) -> Path:
         """Draw sheet.png: hint, truth, then the same seeds at up to `most` stages: the first, the last, those around the
@@ -262,7 +251,7 @@ class Run:
         columns = [("hint", np.concatenate(validation.hint_pictures)), ("truth", np.concatenate(validation.truths))]
         for step, score in stages:
             title = f"step {step}" + ("\nno control" if score is None else f"\nscore {words(score)}")
-            columns.append((title, np.asarray(Image.open(self.folder / "stages" / f"{step:06d}.png"))))
+            columns.append((title, np.asarray(conditions.load_image(self.folder / "stages" / f"{step:06d}.png"))))
         side = validation.truths[0].shape[0]
         height = min(rows, len(validation.truths)) * side
         head, gap = 30, 4
@@ -272,7 +261,7 @@ class Run:
             draw.text((i * (side + gap) + 3, 1), title, fill="black", spacing=1)
             sheet.paste(Image.fromarray(column[:height]), (i * (side + gap), head))
         path = self.folder / "sheet.png"
-        sheet.save(path)
+        conditions.save_image(sheet, path)
         return path
 
     def save_curve(self) -> Path | None:
@@ -288,7 +277,8 @@ class Run:
             axis.set_ylabel({"score": "following score", "loss": "training loss"}[name])
             axis.grid(alpha=0.3)
         axes[1].set_xlabel("step")
-        figure.savefig(self.folder / "curve.png", dpi=110)
+        with files.replacing(self.folder / "curve.png") as new:
+            figure.savefig(new, dpi=110)
         pyplot.close(figure)
         return self.folder / "curve.png"
 

@@ -81,7 +81,7 @@ def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
     assert np.array_equal(np.asarray(sheet)[30:158, :128], toy.scene(0, "test").hint("canny"))
     net = ControlNet.load(run / "controlnet.safetensors", unet=StableDiffusion.load("toy").unet)
     assert all(zero[0].weight.abs().max() > 0 for zero in net.zero_convs)
-    assert not list(run.glob("*.part"))
+    assert not list(run.glob(".minicn-*"))
 
 
 def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run, capsys):
