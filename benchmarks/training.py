@@ -9,6 +9,8 @@ The weights are random, which changes neither. `--narrow` tries the script itsel
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import random
@@ -25,7 +27,8 @@ import torch
 from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, ddim, fast, training
 from minicn.checkpoints import files
 from minicn.commands import cli
-from minicn.trainer import memory
+from minicn.trainer import loop, memory
+from minicn.trainer.memory import STATUS
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
 ROWS = {  # of the table: what is timed, and the row that it is compared with
@@ -135,10 +138,10 @@ def measure_one(args) -> None:
     else:
         cli.keep_freed_memory()  # as the command does
     torch.manual_seed(0)
-    before, seconds = memory.allocated(device), []
+    before, seconds = allocated(device), []
     step = (their_step if args.one == "diffusers" else our_step)(args, device)
     step()
-    with memory.Peak(device) as peak:
+    with Peak(device) as peak:
         for _ in range(args.steps):
             start = time.perf_counter()
             step()
@@ -176,6 +179,57 @@ def steps(args) -> None:
         print(line, flush=True)
 
 
+def measure_step(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, device: torch.device) -> memory.Ledger:
+    """Return what the third of three steps on noise took. The models' weights change, so the run must end here."""
+    whole = memory.size_of(p for model in (unet, net) for p in model.parameters())
+    optimizer = torch.optim.AdamW(training.apply_regime(unet, net, recipe), fused=loop.fused(device, recipe))
+    batch, abar = memory.example(net, recipe, size, 1, device), ddim.alphas_cumprod().to(device)
+    for model in (unet, net):
+        fast.recompute(model, recipe.gradient_checkpointing)
+    alive = {}
+    warm_up = torch.optim.SGD(net.parameters(), lr=0.0)  # keeps no moments
+    memory.step(unet, net, warm_up, batch, abar, recipe)  # libraries allocate what they keep for good
+    before = allocated(device)
+    memory.step(unet, net, optimizer, batch, abar, recipe)
+    optimiser = allocated(device) - before
+
+    def note(name: str) -> None:
+        alive[name] = allocated(device) - before - optimiser
+
+    with Peak(device) as peak:
+        memory.step(unet, net, optimizer, batch, abar, recipe, note)
+    held = alive["gradients"] if recipe.accumulate > 1 else 0
+    return memory.Ledger(whole, alive["gradients"], optimiser, alive["activations"] - held, whole + peak.bytes - before)
+
+
+def allocated(device: torch.device) -> int:
+    """Return the bytes in use: of tensors on a GPU; on CPUs, where only the system knows, of the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(AttributeError, OSError):  # not with every C library
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, which does the counting
+    return memory.kilobytes(STATUS, "VmRSS")
+
+
+class Peak:
+    """Inside `with`, note the most bytes in use."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> "Peak":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the system resets its peak
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bytes = (
+            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else memory.kilobytes(STATUS, "VmHWM")
+        )
+
+
 def ledgers(args) -> None:
     """Print memory predicted and measured, for several ways to train."""
     device = torch.device(args.device)
@@ -185,9 +239,13 @@ def ledgers(args) -> None:
         fast.prepare(unet), fast.prepare(net)
         recipe = training.Recipe(**{"steps": 1, "batch_size": args.batch_size} | settings)
         predicted = memory.predict(unet, net, recipe, args.size, 1, device)
-        measured = memory.measure(unet, net, recipe, args.size, 1, device)
+        measured = measure_step(unet, net, recipe, args.size, device)
         print(f"\n{settings or 'defaults'}, {args.size}x{args.size}, batch {args.batch_size}")
-        print(memory.table(predicted, measured), flush=True)
+        print(f"{'MB':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}")
+        for name, value in vars(predicted).items():
+            found = getattr(measured, name)
+            ratio = f"{value / found:8.2f}" if found > 0 else ""
+            print(f"{name:<12}{value / 1e6:12,.1f}{found / 1e6:12,.1f}{ratio}", flush=True)
         del unet, net
 
 

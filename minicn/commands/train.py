@@ -20,7 +20,7 @@ def add_to(commands) -> None:
     runs.add_recipe(add, " ".join(field.name for field in dataclasses.fields(Recipe)), lr_decay=0.0)
     add("--resolution", type=cli.whole(8), help="pixels a side, a multiple of 8 (default: what the model was trained at)")
     add("--keep", type=cli.whole(0), default=0, help="older checkpoints to keep")
-    add("--dry-run", action="store_true", help="only print what memory the run would need, predicted and measured")
+    add("--dry-run", action="store_true", help="only print what memory the run would need, and what is free")
     cli.add_tokenizer(add)
     shown = "pairs, the first of the folder, drawn for validation; 0: none"
     runs.add_run(add, pictures=4, pictures_help=shown, guidance_scale=9.0)
@@ -64,16 +64,8 @@ def validation(sd: StableDiffusion, pairs: list[data.Pair], size: int, guidance_
 
 
 def dry_run(sd: StableDiffusion, net: ControlNet, recipe: Recipe, size: int) -> None:
-    """Print what a run would need of memory: predicted, then, if this machine has as much, measured over a step."""
+    """Print what memory a run would need, and what is free."""
     from minicn.trainer import memory  # its imports take a second
 
-    device, world = sd.device, distributed.init_distributed()[1]
-    predicted, free = memory.predict(sd.unet, net, recipe, size, world, device), memory.free(device)
-    measured = None
-    if free is not None and predicted.peak - predicted.weights < free:
-        sd.prepare(net)
-        measured = memory.measure(sd.unet, net, recipe, size, world, device)
-    print(memory.table(predicted, measured))
-    if measured is None:
-        why = "this system does not report the memory in use" if free is None else f"only {free / 1e6:,.0f} MB are free"
-        print(f"not measured: {why}")
+    predicted = memory.predict(sd.unet, net, recipe, size, distributed.init_distributed()[1], sd.device)
+    print(memory.table(predicted, memory.free(sd.device)))

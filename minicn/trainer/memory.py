@@ -1,11 +1,9 @@
 """How much memory a training run needs, before it begins: `minicn train --dry-run`.
 
-Predicted: a step on tensors that have shapes but no numbers (PyTorch's FakeTensorMode), counting what is alive. Then
-measured: the same step with numbers, as reported by the device or, on CPUs, the operating system.
+A step on tensors that have shapes but no numbers (PyTorch's FakeTensorMode), counting what is alive.
+`benchmarks/training.py --what ledger` compares it with a step that is run.
 """
 
-import contextlib
-import ctypes
 import gc
 import weakref
 from collections.abc import Iterable
@@ -113,59 +111,8 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
     return Ledger(whole, learned, optimiser, alive["activations"] - held, whole + living.most)
 
 
-def measure(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, world: int, device: torch.device) -> Ledger:
-    """Return what the third of three steps on noise took. The models' weights change, so the run must end here."""
-    whole = size_of(p for model in (unet, net) for p in model.parameters())
-    optimizer = torch.optim.AdamW(training.apply_regime(unet, net, recipe), fused=loop.fused(device, recipe))
-    batch, abar = example(net, recipe, size, world, device), ddim.alphas_cumprod().to(device)
-    for model in (unet, net):
-        fast.recompute(model, recipe.gradient_checkpointing)
-    alive = {}
-    warm_up = torch.optim.SGD(net.parameters(), lr=0.0)  # keeps no moments
-    step(unet, net, warm_up, batch, abar, recipe)  # libraries allocate what they keep for good
-    before = allocated(device)
-    step(unet, net, optimizer, batch, abar, recipe)
-    optimiser = allocated(device) - before
-
-    def note(name: str) -> None:
-        alive[name] = allocated(device) - before - optimiser
-
-    with Peak(device) as peak:
-        step(unet, net, optimizer, batch, abar, recipe, note)
-    held = alive["gradients"] if recipe.accumulate > 1 else 0
-    return Ledger(whole, alive["gradients"], optimiser, alive["activations"] - held, whole + peak.bytes - before)
-
-
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def allocated(device: torch.device) -> int:
-    """Return the bytes in use: of tensors on a GPU; on CPUs, where only the system knows, of the process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    with contextlib.suppress(AttributeError, OSError):  # not with every C library
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, which does the counting
-    return kilobytes(STATUS, "VmRSS")
-
-
-class Peak:
-    """Inside `with`, note the most bytes in use."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self) -> "Peak":
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the system resets its peak
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.bytes = (
-            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else kilobytes(STATUS, "VmHWM")
-        )
 
 
 def free(device: torch.device) -> int | None:
@@ -180,11 +127,10 @@ def kilobytes(path: Path, name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
 
 
-def table(predicted: Ledger, measured: Ledger | None) -> str:
-    """Return the ledger in lines, in MB."""
-    lines = [f"{'MB':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}"]
-    for name, value in vars(predicted).items():
-        found = getattr(measured, name) if measured else None
-        more = "" if found is None else f"{found / 1e6:12,.1f}" + (f"{value / found:8.2f}" if found > 0 else "")
-        lines.append(f"{name:<12}{value / 1e6:12,.1f}{more}")
+def table(predicted: Ledger, available: int | None) -> str:
+    """Return the ledger in lines, in MB; with what is free, where that is known."""
+    lines = [f"{name:<12}{value / 1e6:12,.1f} MB" for name, value in vars(predicted).items()]
+    if available is not None:
+        needed = predicted.peak - predicted.weights  # the weights are there already
+        lines.append(f"{'free':<12}{available / 1e6:12,.1f} MB: {'enough' if needed < available else 'not enough'}")
     return "\n".join(lines)
