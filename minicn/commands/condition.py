@@ -56,7 +56,7 @@ def add_to(commands) -> None:
     )
     add("--axes", choices=conditions.NORMAL_AXES, help="what a normal map's colours mean (default: opengl)")
     add("--from-depth", action="store_true", help="normal: from a depth map, as v1.0's app")
-    add("--background", type=cli.number(0, 1), help="normal from depth: share of the range that is far (default: 0.4)")
+    add("--background", type=cli.number(0, 1), help="normal from depth: fraction of the range that is far (default: 0.4)")
     add("--far-is-white", action="store_true", help="the depth map is white, or large, where it is far")
 
 

@@ -41,8 +41,8 @@ def add_control(add: Callable) -> None:
     add("--controlnet", action="append", help='folder, file, repository, or "toy-canny"; may be given several times')
     add("--hint", type=Path, action="append", help="picture that steers, as large as the picture to draw; one a ControlNet")
     add("--conditioning-scale", type=SCALE, action="append", help="weight of a hint, 0 to 100 (default: 1, as trained)")
-    add("--control-start", type=SHARE, default=0.0, help="share of the steps at which control begins, 0 to 1")
-    add("--control-end", type=SHARE, default=1.0, help="share of the steps at which control ends, 0 to 1")
+    add("--control-start", type=SHARE, default=0.0, help="fraction of the steps at which control begins, 0 to 1")
+    add("--control-end", type=SHARE, default=1.0, help="fraction of the steps at which control ends, 0 to 1")
     add(
         "--guess-mode",
         nargs="?",
@@ -69,7 +69,7 @@ def add_sampling(add: Callable) -> None:
     add("--guidance-scale", type=SCALE, default=9.0, help="how strongly the prompt counts, 0 to 100; 1 is off")
     add("--image", type=Path, help="picture to start from")
     add("--mask", type=Path, help="picture, white where --image is redrawn; the rest stays unchanged")
-    add("--denoise", type=SHARE, default=1.0, help="with --image: share of the steps to run, above 0 to 1")
+    add("--denoise", type=SHARE, default=1.0, help="with --image: fraction of the steps to run, above 0 to 1")
     add("--eta", type=SHARE, default=0.0, help="noise added at each step, 0 (DDIM) to 1 (DDPM)")
     add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of the initial noise, 0 and up")
     text = "pictures, 1 to 1000; several are named NAME-0, NAME-1, ..."
