@@ -43,7 +43,11 @@ LIMITS = {
     ("loss", "bfloat16"): (4 / 2**8, "4 roundings of 8 bits"),
     ("loss", "float16"): (4 / 2**11, "4 roundings of 11 bits"),
 }
-UNITS = {"picture": "grey levels, root mean square", "weights": "fraction of the way that they moved", "loss": "fraction of it"}
+UNITS = {
+    "picture": "grey levels, root mean square",
+    "weights": "fraction of the way that they moved",
+    "loss": "fraction of it",
+}
 
 
 def add_to(commands) -> None:

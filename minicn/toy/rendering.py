@@ -31,7 +31,7 @@ LIGHT = (-0.45, -0.55, 0.70)  # towards the lamp
 PITCH = 0.42  # radians that the camera looks down
 
 # OpenPose's 18 points, in its order, for a person 1 tall, standing at x = 0; y is up from the ground. "R" is the
-# person's own right, to the left in the picture. Arms and legs are drawn from joints, see `_pose`.
+# person's own right, to the left in the picture. Arms and legs are drawn from joints, see `pose`.
 KEYPOINTS = (
     *("nose", "neck", "r_shoulder", "r_elbow", "r_wrist", "l_shoulder", "l_elbow", "l_wrist"),
     *("r_hip", "r_knee", "r_ankle", "l_hip", "l_knee", "l_ankle", "r_eye", "l_eye", "r_ear", "l_ear"),
@@ -163,7 +163,7 @@ def _star(x, y, thing):
 
 def _person(x, y, thing):
     """Limbs and trunk are cylinders with round ends, the head a ball."""
-    points = _pose(thing)
+    points = pose(thing)
     tall = 2 * thing.radius
     for a, b, width in BONES:
         (ax, ay), (bx, by) = points[a], points[b]
@@ -188,8 +188,8 @@ BONES = (  # from, to, half width / height of the person
 SHAPES = {"ball": _ball, "box": _box, "cone": _cone, "ring": _ring, "star": _star, "person": _person}
 
 
-def _pose(thing: Thing) -> dict[str, tuple[float, float]]:
-    """Every joint of a person, (x, y) around its middle, y down; from six angles in [-1, 1]."""
+def pose(thing: Thing) -> dict[str, tuple[float, float]]:
+    """Every joint of a person, (x, y) around its middle, y down; from its six angles in [-1, 1]."""
     tall = 2 * thing.radius
     points = {"neck": (0, 0.77), "head": (0, 0.89), "hips": (0, 0.49), "nose": (0, 0.88)}
     for side, name in ((-1, "r_"), (1, "l_")):
@@ -216,7 +216,7 @@ def _polar(start, side: int, angle: float, length: float) -> tuple[float, float]
 def _seen_points(thing: Thing, number: int, owner: np.ndarray) -> list[tuple[float, float, float]]:
     """A person's points in pixels, each with 1 where this person is what the picture shows there, else 0."""
     rows = []
-    points = _pose(thing)
+    points = pose(thing)
     for name in KEYPOINTS:
         x, y = points[name][0] + thing.x, points[name][1] + thing.y
         col, row = math.floor(x), math.floor(y)

@@ -29,7 +29,7 @@ from minicn import conditions, toy, training
 from minicn.commands import check_device
 from minicn.conditions import drawing, making, networks, palettes
 from minicn.fast import Conv3x3
-from minicn.toy import judging, measures
+from minicn.toy import judging, measures, sketching
 from minicn.trainer import data, examples, pretraining, recording
 
 PACKAGE = Path(minicn.__file__).parent
@@ -306,6 +306,7 @@ def annotating():
 
 def hints():
     scene = next(scene for scene in map(toy.scene, range(99)) if len(scene.keypoints))
+    sketching.sketch(scene.things, scene.outlines(), scene.owners, seed=0)  # of a person: with stick figures
     for name in conditions.NAMES:
         conditions.doubts(name, scene.hint(name))
         measures.measure(name)(scene.image, scene)

@@ -11,6 +11,7 @@ import pytest
 
 from minicn import conditions, toy
 from minicn.conditions import palettes
+from minicn.toy import sketching
 
 COUNT = 300  # scenes of each split that are looked at
 
@@ -512,3 +513,36 @@ def test_errors_name_what_is_known():
         toy.scene(-1)
     with pytest.raises(ValueError, match=r"condition is 'smell', but must be one of: .*canny"):
         scenes("test")[0].hint("smell")
+
+
+# Drawn by hand
+
+
+def test_scribbles_of_test_scenes_are_exact_and_most_others_drawn_by_hand():
+    for index in range(8):
+        for split in ("train", "test"):
+            scene = toy.scene(index, split)
+            exact = np.pad(scene.outlines(), 1)
+            exact = np.any([exact[y : y + toy.SIZE, x : x + toy.SIZE] for y in range(3) for x in range(3)], axis=0)
+            by_hand = split == "train" and index % 4 != 0
+            assert np.array_equal(scene.hint("scribble")[..., 0] > 0, exact) != by_hand
+
+
+def test_a_hand_moves_lines_by_a_few_pixels_and_draws_sticks():
+    """Every stroke lies near its thing; pens are one to five pixels wide; the same drawing at every call."""
+    inked = []
+    for index in range(24):
+        scene = toy.scene(index)
+        given = (scene.things, scene.outlines(), scene.owners, index)
+        drawn = sketching.sketch(*given)
+        assert np.array_equal(drawn, sketching.sketch(*given))
+        assert drawn.shape == (toy.SIZE, toy.SIZE, 3)
+        assert set(np.unique(drawn)) <= {0, 255}
+        near = scene.owners >= 0
+        for _ in range(12):  # pixels: a wobble either way, and half a pen
+            grown = np.pad(near, 1)
+            near = near | grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
+        assert not (near < (drawn[..., 0] == 0)).any(), index
+        inked.append((drawn[..., 0] == 0).sum() / scene.outlines().sum())
+    assert min(inked) < 1.3  # thin
+    assert max(inked) > 3  # thick, or twice
