@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import warnings
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from minicn.controlnet import ControlNet
 
+TRANSPARENT = "the hint is transparent in places, which become white: if it was drawn on black, put black behind it"
 RANGES = {
     "num_steps": (1, 1000),
     "guidance_scale": (0, math.inf),
@@ -22,8 +24,11 @@ RANGES = {
 }
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Make a picture of any mode 8-bit RGB: 16 bits are scaled down, alpha is composited over white."""
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Make a picture of any mode 8-bit RGB: 16 bits are scaled down, alpha is composited over the background.
+
+    White is what the official apps put behind pictures and hints alike; behind a mask it is black, which keeps the image.
+    """
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         values = np.asarray(image, dtype=np.int64)
         image = Image.fromarray((values.clip(0, 65535) / 257 + 0.5).astype(np.uint8))
@@ -31,8 +36,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("a picture of floating-point values has no agreed range: save it with 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
+
+
+def opacity(image: Image.Image) -> np.ndarray | None:
+    """Return a picture's alpha as uint8, 0 where it is transparent; None if it is opaque everywhere."""
+    alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else None
+    return None if alpha is None or alpha.min() == 255 else alpha
 
 
 def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
@@ -40,7 +51,7 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
 
     hint  PIL picture of any mode; array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8; or float tensor
           (3, H, W) or (B, 3, H, W) in [0, 1]
-    Raises TypeError or ValueError for anything else.
+    Raises TypeError or ValueError for anything else. What is transparent becomes white, with a warning.
     """
     if isinstance(hint, np.ndarray):
         if hint.dtype != np.uint8 or hint.ndim not in (2, 3) or (hint.ndim == 3 and hint.shape[2] not in (1, 3, 4)):
@@ -50,6 +61,8 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
             )
         hint = Image.fromarray(hint[..., 0] if hint.ndim == 3 and hint.shape[2] == 1 else hint)
     if isinstance(hint, Image.Image):
+        if opacity(hint) is not None:
+            warnings.warn(TRANSPARENT, stacklevel=2)
         pixels = np.array(to_rgb(hint))
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     if not isinstance(hint, Tensor):
@@ -82,7 +95,11 @@ def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list[Tensor],
         )
     for value in scales:
         check_range("conditioning_scale", value, 0, math.inf)
-    return nets, [hint_tensor(h) for h in hints], scales[: len(nets)]
+    hints = [hint_tensor(h) for h in hints]
+    for i, h in enumerate(hints):
+        if torch.equal(h.amin((2, 3)), h.amax((2, 3))):
+            warnings.warn(f"hint {i} is a single colour: it steers nothing", stacklevel=2)
+    return nets, hints, scales[: len(nets)]
 
 
 def size_of(height, width, hints: list[Tensor], image: Image.Image | None, default: int) -> tuple[int, int]:

@@ -169,7 +169,7 @@ class StableDiffusion:
         guess_mode           control only the conditional half, the i-th residual scaled by 0.825^(12 - i), so that the
                              hint decides where the prompt says nothing; "diffusers": spaced as in diffusers
         image                picture to start from: its latents, noised as far as `denoise` says
-        mask                 white where the image is to be redrawn; elsewhere its pixels stay unchanged
+        mask                 white where the image is to be redrawn; where it is black or transparent, pixels stay unchanged
         denoise              fraction of the steps to run with an image, above 0, up to 1; 1 keeps nothing of it
         eta                  0 is DDIM, 1 adds DDPM's noise
         seed                 0 and up; picture i of num_images is row i of the noise of this seed
@@ -230,7 +230,10 @@ class Start:
         if denoise < 1:
             self.x = ddim.add_noise(self.x_0, noise, self.abar[self.visited[self.step]])
         if mask is not None:
-            anew = np.asarray(to_rgb(mask).convert("L")) >= 128
+            anew = np.asarray(to_rgb(mask, "black").convert("L")) >= 128
+            if anew.all() or not anew.any():
+                colour, which = ("white", "all") if anew.any() else ("black or transparent", "nothing")
+                warnings.warn(f"the mask is {colour} everywhere, so {which} of the image is redrawn", stacklevel=2)
             self.mask = Image.fromarray(anew)
             self.anew = F.max_pool2d(torch.from_numpy(anew).float()[None, None].to(sd.device), 8).bool()
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 import minicn
 from minicn import conditions, threads
 from minicn.commands import cli
+from minicn.conditions import images
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -68,7 +70,7 @@ def add_sampling(add: Callable) -> None:
     add("--num-steps", type=cli.whole(1, 1000), default=20, help="DDIM steps, 1 to 1000")
     add("--guidance-scale", type=SCALE, default=9.0, help="how strongly the prompt counts, 0 to 100; 1 is off")
     add("--image", type=Path, help="picture to start from")
-    add("--mask", type=Path, help="picture, white where --image is redrawn; the rest stays unchanged")
+    add("--mask", type=Path, help="picture, white where --image is redrawn; black or transparent where it stays")
     add("--denoise", type=SHARE, default=1.0, help="with --image: fraction of the steps to run, above 0 to 1")
     add("--eta", type=SHARE, default=0.0, help="noise added at each step, 0 (DDIM) to 1 (DDPM)")
     add("--seed", type=cli.whole(0, 2**63 - 1), default=0, help="of the initial noise, 0 and up")
@@ -79,15 +81,18 @@ def add_sampling(add: Callable) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    cli.check_picture(args.output)
+    count, named = args.num_images, args.output
+    outputs = [named] if count == 1 else [named.with_stem(f"{named.stem}-{i}") for i in range(count)]
+    for path in outputs:
+        cli.check_picture(path, *(args.hint or []), args.image, args.mask)
     check(args)
-    hints = [conditions.load_image(path) for path in args.hint or []]
-    image, mask = (None if path is None else conditions.load_image(path) for path in (args.image, args.mask))
+    hints = [images.open_image(path) for path in args.hint or []]
+    image, mask = (None if path is None else images.open_image(path) for path in (args.image, args.mask))
     sd, nets = load(args)
     settle_threads(args, sd, nets)
     scales = args.conditioning_scale or [1.0]
     prompt, captions = prompt_of(args, sd)
-    images = sd.generate(
+    drawn = sd.generate(
         prompt,
         **{name: getattr(args, name) for name in SETTINGS.split()},
         hint=hints or None,
@@ -100,13 +105,26 @@ def generate(args: argparse.Namespace) -> None:
     )
     record = {key: value for key, value in vars(args).items() if value is not None}
     record |= {"minicn": minicn.__version__, "device": str(sd.device)}
-    for i, image in enumerate(images):
-        path = args.output if len(images) == 1 else args.output.with_stem(f"{args.output.stem}-{i}")
-        information = PngInfo()
-        said = {"index": i, "prompt": captions[i] if captions else prompt}
-        information.add_text("minicn", json.dumps(record | said, default=str))
-        image.save(path, **({"pnginfo": information} if path.suffix.lower() == ".png" else {}))
-        print(f"{path}: {image.width}x{image.height} pixels, seed {args.seed}")
+    said = [record | {"index": i, "prompt": captions[i] if captions else prompt} for i in range(len(drawn))]
+    lost = [keep(*each) for each in zip(drawn, outputs, said, strict=True)]
+    for picture, path, error in zip(drawn, outputs, lost, strict=True):
+        if not error:
+            print(f"{path}: {picture.width}x{picture.height} pixels, seed {args.seed}")
+    if any(lost):
+        raise OSError("; ".join(filter(None, lost)))
+
+
+def keep(picture: Image.Image, path: Path, record: dict) -> str:
+    """Write a picture, as a PNG with its settings. If its place fails, use that of temporary files, and say so."""
+    settings = PngInfo()
+    settings.add_text("minicn", json.dumps(record, default=str))
+    try:
+        conditions.save_image(picture, path, **({"pnginfo": settings} if path.suffix.lower() == ".png" else {}))
+    except (OSError, ValueError) as error:
+        instead = Path(tempfile.mkdtemp(prefix="minicn-"), f"{path.stem}.png")
+        conditions.save_image(picture, instead, pnginfo=settings)
+        return f"{error}; the picture is kept as {instead}"
+    return ""
 
 
 def check(args: argparse.Namespace) -> None:

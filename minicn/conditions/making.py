@@ -258,7 +258,7 @@ def _normal(
     if from_depth:
         if axes:
             raise ValueError("--axes has no effect with --from-depth: give only one of them")
-        depth = conditions.read_depth(path) * (-1 if far_is_white else 1)
+        depth = conditions.read_depth(path, far_is_white)
         _check_size(path, *depth.shape)
         hint, did = conditions.normal_from_depth(depth, background, version), "normals from depth"
     else:
@@ -269,10 +269,10 @@ def _normal(
 
 
 def _depth(path: Path, resolution: int | None, far_is_white: bool = False) -> tuple[np.ndarray, str]:
-    depth = conditions.read_depth(path)
+    depth = conditions.read_depth(path, far_is_white)
     _check_size(path, *depth.shape)
-    low, high = depth.min(), depth.max()
-    hint = conditions.depth(-depth if far_is_white else depth)
+    low, high = sorted((-1 if far_is_white else 1) * side + 0.0 for side in (depth.min(), depth.max()))  # 0.0: no "-0"
+    hint = conditions.depth(depth)
     did = f"depth, its range of {low:g} to {high:g} stretched{', inverted' if far_is_white else ''}"
     return _final(hint, resolution), did
 

@@ -1,15 +1,19 @@
 """Surfaces: normal maps and depth maps."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from minicn.conditions.filters import sobel
-from minicn.conditions.images import check_file, check_version, grey_hint, load_image, open_image
-from minicn.inputs import to_rgb
+from minicn.conditions.images import check_file, check_version, grey_hint, open_image
+from minicn.inputs import opacity, to_rgb
 
 # Signs of x (right), y (up) and z (towards the viewer) in the channels red, green and blue of normal maps.
 NORMAL_AXES = {"opengl": (1, 1, 1), "directx": (1, -1, 1), "diode": (1, -1, -1), "v1.1": (-1, 1, 1), "v1.0": (-1, 1, 1)}
+
+DARKEST = 50  # the brightest channel of a unit normal is at least 127.5 (1 - 3**-0.5) = 53.9
 
 
 def normal(normals: np.ndarray, version: str = "v1.1") -> np.ndarray:
@@ -57,9 +61,9 @@ def read_normals(path: str | Path, axes: str = "opengl") -> np.ndarray:
     path  image, 0 to 255 for -1 to 1; or .npy of floats
     axes  "opengl": red is right, green is top. "directx": red is right, green is bottom. "v1.1", "v1.0": ControlNet's own.
           "diode": the dataset's, y down and z away from the viewer.
-    Vectors of length 0, which mean unknown, become ones that face the viewer. Up to 5% of the others may differ from unit
-    length by more than a tenth, as at smoothed borders; all are normalised. Raises FileNotFoundError or ValueError, naming
-    the file, for anything else.
+    What is unknown, vectors of length 0 and black or transparent pixels, faces the viewer. Up to 5% of the others may
+    differ from unit length by more than a tenth, as at smoothed borders; all are normalised. Raises FileNotFoundError or
+    ValueError, naming the file, for anything else.
     """
     if axes not in NORMAL_AXES:
         raise ValueError(f"axes is {axes!r}, but must be one of: {', '.join(NORMAL_AXES)}")
@@ -68,7 +72,10 @@ def read_normals(path: str | Path, axes: str = "opengl") -> np.ndarray:
         if normals.ndim != 3 or normals.shape[2] != 3:
             raise ValueError(f"{path} has shape {normals.shape}, but a normal map is (H, W, 3)")
     else:
-        normals = np.asarray(load_image(path)).astype(np.float64) / 127.5 - 1
+        image = open_image(path)
+        pixels = np.asarray(to_rgb(image))
+        normals = pixels.astype(np.float64) / 127.5 - 1
+        normals[_transparent(image) | (pixels.max(2) < DARKEST)] = 0
     normals = (normals[..., ::-1] if axes == "v1.0" else normals) * NORMAL_AXES[axes]
     length = np.linalg.norm(normals, axis=2, keepdims=True)
     known = length > 0.1
@@ -100,13 +107,13 @@ def depth(depth: np.ndarray) -> np.ndarray:
     return grey_hint((_normalised(_check_depth(depth)) * 255).astype(np.uint8))
 
 
-def _check_depth(depth: np.ndarray) -> np.ndarray:
+def _check_depth(depth: np.ndarray, name: str = "depth") -> np.ndarray:
     depth = np.asarray(depth)
     if depth.ndim != 2 or depth.size == 0 or depth.dtype.kind not in "fiu":
-        raise ValueError(f"depth is {depth.dtype} of shape {depth.shape}, but must be numbers of shape (H, W)")
+        raise ValueError(f"{name} is {depth.dtype} of shape {depth.shape}, but must be numbers of shape (H, W)")
     depth = depth.astype(np.float64)
     if not np.isfinite(depth).all():
-        raise ValueError("depth contains values that are not finite: fill the holes first")
+        raise ValueError(f"{name} contains values that are not finite: fill the holes first")
     return depth
 
 
@@ -115,24 +122,47 @@ def _normalised(depth: np.ndarray) -> np.ndarray:
     return (depth - depth.min()) / max(np.ptp(depth), np.finfo(np.float64).tiny)
 
 
-def read_depth(path: str | Path) -> np.ndarray:
-    """Read a depth map (H, W) float from a grey image or .npy file: 8 and 16 bits as 0 to 255, floats unchanged.
+def read_depth(path: str | Path, far_is_white: bool = False) -> np.ndarray:
+    """Read a depth map (H, W) float, larger is nearer, from a grey image or .npy file; 8 and 16 bits as 0 to 255.
 
+    far_is_white  the map is white, or large, where it is far, as distances are: it is negated
+    What is unknown becomes as far as the farthest pixel, with a warning: transparent pixels, and those that are 0 in a map
+    of distances of 16 bits or more, if no other is as near as a 200th of the largest: a sensor's "no reading".
     Raises FileNotFoundError or ValueError, naming the file, for anything else, such as a coloured image.
     """
     if Path(path).suffix == ".npy":
-        array = _load_array(path)
-        if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
-            array = array[0] if array.shape[0] == 1 else array[..., 0]
-        if array.ndim != 2:
-            raise ValueError(f"{path} has shape {array.shape}, but a depth map is (H, W)")
-        return array
+        depth, fine = _load_array(path), True
+        if depth.ndim == 3 and 1 in (depth.shape[0], depth.shape[2]):
+            depth = depth[0] if depth.shape[0] == 1 else depth[..., 0]
+        if depth.ndim != 2:
+            raise ValueError(f"{path} has shape {depth.shape}, but a depth map is (H, W)")
+        unknown = np.zeros(depth.shape, bool)
+    else:
+        image = open_image(path)
+        unknown, fine = _transparent(image), image.mode[0] in "IF"
+        depth = _check_depth(np.array(image), str(path)) if fine else _grey(path, image)
+        depth = depth / 257 if image.mode[0] == "I" else depth
+    if far_is_white and fine and depth.min() == 0 and depth.any() and depth[depth != 0].min() > depth.max() / 200:
+        unknown |= depth == 0
+    depth = -depth if far_is_white else depth
+    if not unknown.any():
+        return depth
+    if unknown.all():
+        raise ValueError(f"{path} is not a depth map: it is transparent everywhere")
+    warnings.warn(
+        f"{path}: {unknown.mean():.1%} of its pixels are unknown (0 or transparent) and become far; if 0 is near, make it 1",
+        stacklevel=2,
+    )
+    return np.where(unknown, depth[~unknown].min(), depth)
 
-    image = open_image(path)
-    if image.mode.startswith("I"):
-        return np.array(image, dtype=np.float64) / 257
-    if image.mode == "F":
-        return _check_depth(np.array(image))
+
+def _transparent(image: Image.Image) -> np.ndarray:
+    """Return which pixels are transparent, as booleans."""
+    alpha = opacity(image)
+    return np.zeros(image.size[::-1], bool) if alpha is None else alpha < 128
+
+
+def _grey(path: str | Path, image: Image.Image) -> np.ndarray:
     pixels = np.asarray(to_rgb(image))
     if (pixels != pixels[..., :1]).any():
         raise ValueError(f"{path} is not a depth map: it is coloured, but depth is grey")

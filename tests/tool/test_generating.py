@@ -16,6 +16,7 @@ from closeness import assert_as_exact, assert_close
 from PIL import Image
 
 from minicn import ControlNet, StableDiffusion, __main__, fast, toy
+from minicn.commands import cli
 from minicn.pipeline import DEFAULT_PROMPT
 from minicn.toy import captioning
 from minicn.unet import Attention, Block, TransformerBlock
@@ -366,6 +367,37 @@ def test_a_captioner_must_be_there(sd):
         captioning.captioner(None, sd, "some/folder")
 
 
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        ((255, 255, 255, 0), "black or transparent everywhere, so nothing of the image is redrawn"),
+        ((0, 0, 0, 255), "black or transparent everywhere, so nothing"),
+        ((255, 255, 255, 255), "white everywhere, so all of the image is redrawn"),
+    ],
+)
+def test_a_mask_that_selects_nothing_or_all_says_so(sd, pixels, words):
+    mask = Image.new("RGBA", (128, 128), pixels)
+    with pytest.warns(UserWarning, match=words):
+        sd.generate("", image=Image.fromarray(SCENE.image), mask=mask, num_steps=1, denoise=0.5)
+
+
+def test_a_mask_is_black_where_it_is_transparent(sd):
+    """White paint on nothing, and black paint under the transparent part: the same as white on black."""
+    painted = np.zeros((128, 128, 4), np.uint8)
+    painted[:, :64] = 255
+    options = {"image": Image.fromarray(SCENE.image), "num_steps": 1}
+    want = sd.generate("", mask=Image.fromarray(MASK), **options)[0]
+    for beneath in (0, 255):
+        painted[:, 64:, :3] = beneath
+        assert np.array_equal(sd.generate("", mask=Image.fromarray(painted), **options)[0], want)
+
+
+def test_a_hint_of_a_single_colour_says_so(sd, net):
+    hints = [Image.fromarray(SCENE.hint("canny")), Image.new("L", (128, 128), 255)]
+    with pytest.warns(UserWarning, match="hint 1 is a single colour: it steers nothing"):
+        sd.generate("", hint=hints, controlnet=[net, net], num_steps=1)
+
+
 # The command line
 
 
@@ -418,6 +450,26 @@ def test_the_command_line_reaches_every_setting(tmp_path, sd, net, hint):
         num_steps=2,
     )
     assert np.array_equal(np.asarray(Image.open(output)), np.asarray(want))
+
+
+def test_what_was_drawn_is_kept_where_it_can_be(tmp_path, sd, refused, monkeypatch, capsys):
+    """The first of two has no place (here: a folder of its name): both are kept, the error says where the first is."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(cli, "check_picture", lambda *_: (tmp_path / "out-0.png" / "x").mkdir(parents=True, exist_ok=True))
+    line = refused(run, tmp_path, "--prompt", "a red ball", "--num-images", "2")
+    [kept] = (tmp_path / "temporary").rglob("*.png")
+    assert "out-0.png cannot be written (Is a directory)" in line
+    assert line.endswith(f"the picture is kept as {kept}")
+    for path, want in zip((kept, tmp_path / "out-1.png"), sd.generate("a red ball", num_steps=2, num_images=2), strict=True):
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(want))
+        assert json.loads(Image.open(path).text["minicn"])["prompt"] == "a red ball"
+
+
+def test_numbered_pictures_replace_no_input(tmp_path, refused):
+    Image.fromarray(SCENE.image).save(tmp_path / "out-1.png")
+    line = refused(run, tmp_path, "--prompt", "x", "--num-images", "2", "--image", tmp_path / "out-1.png")
+    assert "out-1.png is also read, and would be lost: name another file" in line
 
 
 def write_bomb(path):

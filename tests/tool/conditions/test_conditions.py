@@ -1244,7 +1244,10 @@ def test_other_ways_to_a_hint(inputs):
     depth = conditions.read_depth(inputs / "depth.png")
     want = conditions.normal_from_depth(depth, 0.0, "v1.1")
     assert np.array_equal(made("normal", "depth.png", "--from-depth", "--background", "0"), want)
-    assert np.array_equal(made("depth", "depth.png", "--far-is-white"), conditions.depth(-depth))
+    Image.fromarray((1 + depth * 257).round().astype(np.uint16)).save(inputs / "distance.png")
+    assert np.array_equal(
+        made("depth", "distance.png", "--far-is-white"), conditions.depth(-(1 + depth * 257).round() / 257)
+    )
     normals = conditions.read_normals(inputs / "normals.png", "directx")
     want = conditions.normal(normals, "v1.0")
     assert np.array_equal(made("normal", "normals.png", "--axes", "directx", "--version", "v1.0"), want)
