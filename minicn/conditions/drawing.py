@@ -7,12 +7,16 @@ antialiasing. Everything is drawn in place; what lies outside the canvas is clip
 import numpy as np
 
 LIMIT = 100_000  # pixels: coordinates further away than this are a mistake, and would take time and memory
+AREA = 2**27  # pixels of a canvas, at most
 
 
 def new_canvas(height: int, width: int) -> np.ndarray:
     """Return a black canvas (H, W, 3) uint8. Raises ValueError for a size out of range."""
-    if not (1 <= height <= LIMIT and 1 <= width <= LIMIT):
-        raise ValueError(f"the size is {width}x{height} pixels, but must be 1x1 to {LIMIT}x{LIMIT}")
+    if not (1 <= height <= LIMIT and 1 <= width <= LIMIT and height * width <= AREA):
+        raise ValueError(
+            f"the size is {width}x{height} pixels, but must be 1x1 to {LIMIT}x{LIMIT} and at most {AREA} pixels in all: "
+            "choose a lower resolution"
+        )
     return np.zeros((height, width, 3), dtype=np.uint8)
 
 
@@ -64,21 +68,27 @@ def lines(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, int, int]) ->
 
 def thick_lines(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, int, int], width: float) -> None:
     """Draw lines (N, 4) of floats x1, y1, x2, y2 with round ends: all pixels within `width` / 2 of the line."""
+    reach = width / 2 + 1
     for x1, y1, x2, y2 in np.asarray(ends, dtype=np.float64).reshape(-1, 4):
-        reach = width / 2 + 1
-        box = _box(canvas, min(x1, x2) - reach, min(y1, y2) - reach, max(x1, x2) + reach, max(y1, y2) + reach)
-        y, x = np.mgrid[box]
+        first = int(np.floor(max(min(y1, y2) - reach, 0)))
+        rows = np.arange(first, int(np.ceil(min(max(y1, y2) + reach, len(canvas) - 1))) + 1)
+        # The part of the line that is within reach of a row, as shares of its length, then as columns.
+        shares = (
+            np.clip((rows[:, None] + (-reach, reach) - y1) / (y2 - y1), 0, 1) if y1 != y2 else [0, 1] + 0 * rows[:, None]
+        )
+        columns = x1 + shares * (x2 - x1)
+        y, x = _spans(canvas, rows, np.floor(columns.min(1) - reach), np.ceil(columns.max(1) + reach))
         length = max((x2 - x1) ** 2 + (y2 - y1) ** 2, 1e-9)
         along = np.clip(((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length, 0, 1)
         near = np.hypot(x - x1 - along * (x2 - x1), y - y1 - along * (y2 - y1)) <= width / 2
-        canvas[box][near] = colour
+        canvas[y[near], x[near]] = colour
 
 
 def dot(canvas: np.ndarray, x: int, y: int, radius: int, colour: tuple[int, int, int]) -> None:
     """Fill a circle around a pixel: cv2.circle(canvas, (x, y), radius, colour, -1)."""
     half = _half_widths(radius)
     box = _box(canvas, x - radius, y - radius, x + radius, y + radius)
-    rows, columns = np.mgrid[box]
+    rows, columns = np.ogrid[box]
     canvas[box][np.abs(columns - x) <= half[np.abs(rows - y)]] = colour
 
 
@@ -111,8 +121,8 @@ def ellipse_outline(x: int, y: int, a: int, b: int, degrees: int) -> np.ndarray:
     return corners[np.concatenate([[True], changed])]
 
 
-def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Return the box and the mask of a convex polygon, so that canvas[box][mask] is what it covers: cv2.fillConvexPoly.
+def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return y and x of the pixels that a convex polygon covers: cv2.fillConvexPoly.
 
     corners  (N, 2) integers x, y. In each row, the pixels of the outline and all those between its two sides are covered.
     """
@@ -133,9 +143,15 @@ def filled(canvas: np.ndarray, corners: np.ndarray) -> tuple[tuple[slice, slice]
     left, right = np.full(y1 - y0 + 1, x1 + 1), np.full(y1 - y0 + 1, x0 - 1)
     np.minimum.at(left, y - y0, x)
     np.maximum.at(right, y - y0, x)
-    box = _box(canvas, x0, y0, x1, y1)
-    rows, columns = np.mgrid[box]
-    return box, (columns >= left[rows - y0]) & (columns <= right[rows - y0])
+    return _spans(canvas, np.arange(y0, y1 + 1), left, right)
+
+
+def _spans(canvas: np.ndarray, rows: np.ndarray, left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return y and x of the pixels from `left` to `right`, both included, in each of some rows, as far as on the canvas."""
+    on = (rows >= 0) & (rows < canvas.shape[0])
+    rows, left = rows[on], np.maximum(left[on], 0).astype(np.int64)
+    count = np.maximum(np.minimum(right[on], canvas.shape[1] - 1).astype(np.int64) - left + 1, 0)
+    return np.repeat(rows, count), np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - left, count)
 
 
 def _box(canvas: np.ndarray, left: float, top: float, right: float, bottom: float) -> tuple[slice, slice]:

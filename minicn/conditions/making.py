@@ -201,15 +201,11 @@ def _key_points(
     if size and like:
         raise ValueError("--size and --like both state the size of the image: give only one of them")
     read, draw = getattr(conditions, f"read_{name}"), getattr(conditions, name)
-    people, stated = read(path)
-    if like:
-        height, width = _load(like).size[::-1]
-    elif size:
-        width, height = size
-    elif stated:
-        height, width = stated
-    else:
+    size = _load(like).size if like else size
+    people, stated = read(path, size and size[::-1])
+    if not stated:
         raise ValueError(f"{path} does not state the size of its image: give --size WIDTHxHEIGHT or --like IMAGE")
+    height, width = stated
     _check_size(path, height, width)
     inside = (people[..., 0] < width) & (people[..., 1] < height) & (people[..., :2] >= 0).all(2)
     if not (inside & (people[..., 2] > 0)).any():
@@ -218,7 +214,10 @@ def _key_points(
         new = conditions.official_size(height, width, resolution)
         people = people * [new[1] / width, new[0] / height, 1]
         height, width = new
-    return draw(people, height, width, **version), _poses(people)
+    try:
+        return draw(people, height, width, **version), _poses(people)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _poses(people: np.ndarray) -> str:

@@ -24,6 +24,8 @@ OPENPOSE_COLOURS = (
 )
 BODY_25 = (*range(8), *range(9, 19))  # OpenPose's 18 points among its newer 25
 
+MOST_PEOPLE = 500  # of a hint: more take minutes to draw
+
 # COCO's 17 points: nose, left eye, right eye, left ear, right ear, left shoulder, right shoulder, then elbows, wrists,
 # hips, knees, ankles. The skeleton and its colours are OpenPifPaf's: matplotlib's tab20, in the order of the limbs.
 OPENPIFPAF_LIMBS = (
@@ -63,9 +65,9 @@ def openpose(people: np.ndarray, height: int, width: int, version: str = "v1.1",
             x, y = ((start + end) / 2).astype(int)
             dx, dy = start - end
             half, angle = int(np.hypot(dx, dy) / 2), int(np.degrees(np.arctan2(dy, dx)))
-            box, inside = drawing.filled(canvas, drawing.ellipse_outline(x, y, half, 4, angle))
-            under = canvas[box][inside] if version == "v1.0" else np.zeros(3)
-            canvas[box][inside] = np.rint(0.4 * under + 0.6 * np.array(colour))
+            inside = drawing.filled(canvas, drawing.ellipse_outline(x, y, half, 4, angle))
+            under = canvas[inside] if version == "v1.0" else np.zeros(3)
+            canvas[inside] = np.rint(0.4 * under + 0.6 * np.array(colour))
     if version == "v1.1":
         joints()
     return canvas
@@ -90,9 +92,16 @@ def openpifpaf(people: np.ndarray, height: int, width: int, threshold: float = 0
 
 
 def _check_people(people: np.ndarray, points: int) -> np.ndarray:
-    people = np.asarray(people, dtype=np.float64)
+    """Return people as float64, absent points as zeros, whatever their coordinates. Raises ValueError for anything else."""
+    try:
+        people = np.asarray(people, dtype=np.float64)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"people are no array of numbers of shape (P, {points}, 3): {error}") from error
     if people.ndim != 3 or people.shape[1:] != (points, 3):
         raise ValueError(f"people have shape {people.shape}, but must be (P, {points}, 3): x, y, confidence")
+    if len(people) > MOST_PEOPLE:
+        raise ValueError(f"there are {len(people)} people, but at most {MOST_PEOPLE} can be drawn: leave some out")
+    people = np.where(people[..., 2:] <= 0, 0, people)
     wrong = np.argwhere(~np.isfinite(people) | (np.abs(people) > drawing.LIMIT))
     if len(wrong):
         person, point, what = wrong[0]
@@ -103,9 +112,11 @@ def _check_people(people: np.ndarray, points: int) -> np.ndarray:
     return people
 
 
-def read_openpose(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+def read_openpose(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, tuple[int, int] | None]:
     """Read the people (P, 18, 3) of an OpenPose JSON file, and the (height, width) of the image if it states them.
 
+    size  height and width of the image, in place of those that the file states
+    Coordinates that are shares of the size are multiplied by it.
     COCO-18 or BODY_25, by the number of values; BODY_25's feet and mid-hip are left out.
     Raises FileNotFoundError or ValueError for another format or a file without people.
     """
@@ -120,59 +131,71 @@ def read_openpose(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | None]
             raise ValueError(f'{path}: person {i} has no "pose_keypoints_2d": run OpenPose with its body model')
         values = person["pose_keypoints_2d"]
         if values:  # null or empty: only face or hands were seen
-            points = _points(path, i, values, {54: 18, 75: 25}, "COCO's 18 or BODY_25's 25 points")
-            people.append(points if len(points) == 18 else points[list(BODY_25)])
-    return _people(path, people, _size(found, "canvas_height", "canvas_width"))
+            points = _points(path, i, values, (18, 25), "COCO's 18 or BODY_25's 25 points")
+            people.append(points if len(points) == 18 else [points[part] for part in BODY_25])
+    return _people(path, people, size or _size(path, found, "canvas_height", "canvas_width"))
 
 
-def read_openpifpaf(path: str | Path) -> tuple[np.ndarray, tuple[int, int] | None]:
+def read_openpifpaf(path: str | Path, size: tuple[int, int] | None = None) -> tuple[np.ndarray, tuple[int, int] | None]:
     """Read the people (P, 17, 3) of an OpenPifPaf prediction or a COCO annotation file, and (height, width) if stated.
 
+    size  height and width of the image, in place of those that the file states
+    Coordinates that are shares of the size are multiplied by it.
     OpenPifPaf writes a list of objects with "keypoints"; COCO an object with "annotations" (and "images").
     Raises FileNotFoundError or ValueError for another format, several images or a file without people.
     """
-    found, size = files.parse_json(files.read_text(path, KEY_POINTS), path, KEY_POINTS), None
+    found = files.parse_json(files.read_text(path, KEY_POINTS), path, KEY_POINTS)
     if isinstance(found, dict) and isinstance(found.get("annotations"), list):
         images = found.get("images")
         if isinstance(images, list) and len(images) == 1 and isinstance(images[0], dict):
-            size = _size(images[0], "height", "width")
+            size = size or _size(path, images[0], "height", "width")
         found = found["annotations"]
         if len({str(entry.get("image_id")) for entry in found if isinstance(entry, dict)}) > 1:
             raise ValueError(f"{path} annotates several images: give a file with one")
     if not isinstance(found, list) or not all(isinstance(entry, dict) and "keypoints" in entry for entry in found):
         raise ValueError(f'{path} is not an OpenPifPaf or COCO key-point file: it has no list of objects with "keypoints"')
-    people = [_points(path, i, entry["keypoints"], {51: 17}, "COCO's 17 points") for i, entry in enumerate(found)]
+    people = [_points(path, i, entry["keypoints"], (17,), "COCO's 17 points") for i, entry in enumerate(found)]
     return _people(path, people, size)
 
 
-def _points(path: str | Path, person: int, values: object, counts: dict[int, int], names: str) -> np.ndarray:
-    """Return a flat list x, y, confidence, x, ... as (points, 3); `counts` maps each allowed length to its points."""
-    numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not numbers or len(values) not in counts:
+def _points(path: str | Path, person: int, values: object, counts: tuple[int, ...], names: str) -> list[list]:
+    """Return a flat list x, y, confidence, x, ... as one list a point; those of confidence 0 or null as zeros."""
+    points = [values[i : i + 3] for i in range(0, len(values), 3)] if isinstance(values, list) else [[values]]
+    points = [[0, 0, 0] if point[2:] in ([0], [None]) else point for point in points]
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for point in points for v in point)
+    if not numbers or len(values) not in {3 * count for count in counts}:
         found = f"{len(values)} values" if numbers else "no list of numbers"
         raise ValueError(
-            f"{path}: person {person} has {found}; expected {' or '.join(map(str, counts))}, three for each of {names}"
+            f"{path}: person {person} has {found}; expected {' or '.join(str(3 * count) for count in counts)}, "
+            f"three for each of {names}"
         )
-    return np.array(values, dtype=np.float64).reshape(counts[len(values)], 3)
+    return points
 
 
-def _size(found: dict, height: str, width: str) -> tuple[int, int] | None:
-    """Return the height and width that a file states, if it does."""
+def _size(path: str | Path, found: dict, height: str, width: str) -> tuple[int, int] | None:
+    """Return the height and width that a file states, if it does. Raises ValueError if they are no size of an image."""
     size = found.get(height), found.get(width)
-    return size if all(isinstance(v, int) and 0 < v <= drawing.LIMIT for v in size) else None
+    if None in size:
+        return None
+    if not all(isinstance(side, int | float) and 0 < side <= drawing.LIMIT and side == int(side) for side in size):
+        raise ValueError(f"{path} states a size of {size[1]}x{size[0]} pixels: correct it, or give another (--size)")
+    return int(size[0]), int(size[1])
 
 
 def _people(path: str | Path, people: list, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """Check the people of a file, and convert coordinates in [0, 1] to pixels."""
+    """Check the people of a file, and convert shares of the size to pixels."""
     if not people:
         raise ValueError(f"{path} contains no people: the hint would be empty")
     try:
-        people = _check_people(np.stack(people), len(people[0]))
+        people = _check_people(people, len(people[0]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    present = people[people[..., 2] > 0][:, :2]
-    if len(present) and present.min() >= 0 and present.max() <= 1:
+    seen = people[(people[..., 2] > 0) & people[..., :2].any(axis=2)][:, :2]  # some tools write (0, 0) for an absent point
+    # No person is 2 pixels tall: shares, of which a tenth may lie further outside than the image is large.
+    if len(seen) and np.quantile(np.abs(seen - 0.5), 0.9) <= 1.5:
         if size is None:
-            raise ValueError(f"{path} has coordinates in [0, 1]: multiply them by the image's width and height")
+            raise ValueError(
+                f"{path} has coordinates in [0, 1]: multiply them by the image's width and height, or give its size (--size)"
+            )
         people = people * [size[1], size[0], 1]
     return people, size

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minicn.conditions.filters import blur, resample
 from minicn.conditions.networks.annotator import Annotator, resize
-from minicn.conditions.poses import OPENPOSE_LIMBS
+from minicn.conditions.poses import MOST_PEOPLE, OPENPOSE_LIMBS
 
 PARTS = 18  # in the order of `poses.OPENPOSE_LIMBS`
 # Pairs of parts, in the order in which people are assembled, each with the two channels (x, y) of the field from one part to
@@ -147,8 +147,11 @@ def find_people(
     return points
 
 
-def find_peaks(heat: np.ndarray, threshold: float = 0.1) -> np.ndarray:
-    """Return the local maxima above the threshold of a smoothed map (h, w): (N, 3) x, y and its value before smoothing."""
+def find_peaks(heat: np.ndarray, threshold: float = 0.1, most: int = MOST_PEOPLE) -> np.ndarray:
+    """Return the local maxima above the threshold of a smoothed map (h, w): (N, 3) x, y and its value before smoothing.
+
+    most  of them are kept, the highest: on a plateau every pixel is one, and matching takes N times N
+    """
     heat = heat.astype(np.float64)
     smooth = np.pad(blur(heat, 3, 12, "symmetric"), 1)  # zero outside
     centre = smooth[1:-1, 1:-1]
@@ -156,6 +159,9 @@ def find_peaks(heat: np.ndarray, threshold: float = 0.1) -> np.ndarray:
     for neighbour in (smooth[:-2, 1:-1], smooth[2:, 1:-1], smooth[1:-1, :-2], smooth[1:-1, 2:]):
         top &= centre >= neighbour
     y, x = np.nonzero(top)
+    if len(y) > most:
+        kept = np.sort(np.argsort(-heat[y, x], kind="stable")[:most])
+        y, x = y[kept], x[kept]
     return np.stack([x, y, heat[y, x]], axis=1)
 
 

@@ -458,8 +458,7 @@ def test_dots_and_ellipses_are_opencvs(cv2):
         assert np.array_equal(outline, cv2.ellipse2Poly((x, y), (a, 4), degrees, 0, 360, 1))
         want = cv2.fillConvexPoly(np.zeros((200, 200, 3), np.uint8), outline.astype(np.int32), (255, 0, 3))
         got = np.zeros_like(want)
-        box, inside = drawing.filled(got, outline)
-        got[box][inside] = (255, 0, 3)
+        got[drawing.filled(got, outline)] = (255, 0, 3)
         assert np.array_equal(got, want)
 
 
@@ -726,7 +725,7 @@ def test_poses_refuse_what_is_no_pose(draw, points):
     """A wrong number of points, points that are NaN or far away: named with person, point and value."""
     with pytest.raises(ValueError, match=rf"shape \(2, 25, 3\), but must be \(P, {points}, 3\): x, y, confidence"):
         draw(np.zeros((2, 25, 3)), 8, 8)
-    people = np.zeros((2, points, 3))
+    people = np.ones((2, points, 3))
     people[1, 3, 1] = np.nan
     with pytest.raises(ValueError, match="point 3 of person 1 has y nan: give coordinates in pixels"):
         draw(people, 8, 8)
