@@ -7,14 +7,14 @@ antialiasing. Everything is drawn in place; what lies outside the canvas is clip
 import numpy as np
 
 LIMIT = 100_000  # pixels: coordinates further away than this are a mistake, and would take time and memory
-AREA = 2**27  # pixels of a canvas, at most
+MOST_PIXELS = 2**27  # of a canvas, or of what a picture is enlarged to
 
 
 def new_canvas(height: int, width: int) -> np.ndarray:
     """Return a black canvas (H, W, 3) uint8. Raises ValueError for a size out of range."""
-    if not (1 <= height <= LIMIT and 1 <= width <= LIMIT and height * width <= AREA):
+    if not (1 <= height <= LIMIT and 1 <= width <= LIMIT and height * width <= MOST_PIXELS):
         raise ValueError(
-            f"the size is {width}x{height} pixels, but must be 1x1 to {LIMIT}x{LIMIT} and at most {AREA} pixels in all: "
+            f"the size is {width}x{height} pixels, but must be 1x1 to {LIMIT}x{LIMIT}, at most {MOST_PIXELS} pixels in all: "
             "choose a lower resolution"
         )
     return np.zeros((height, width, 3), dtype=np.uint8)
@@ -72,11 +72,11 @@ def thick_lines(canvas: np.ndarray, ends: np.ndarray, colour: tuple[int, int, in
     for x1, y1, x2, y2 in np.asarray(ends, dtype=np.float64).reshape(-1, 4):
         first = int(np.floor(max(min(y1, y2) - reach, 0)))
         rows = np.arange(first, int(np.ceil(min(max(y1, y2) + reach, len(canvas) - 1))) + 1)
-        # The part of the line that is within reach of a row, as shares of its length, then as columns.
-        shares = (
+        # The part of the line that is within reach of a row, as fractions of its length, then as columns.
+        fractions = (
             np.clip((rows[:, None] + (-reach, reach) - y1) / (y2 - y1), 0, 1) if y1 != y2 else [0, 1] + 0 * rows[:, None]
         )
-        columns = x1 + shares * (x2 - x1)
+        columns = x1 + fractions * (x2 - x1)
         y, x = _spans(canvas, rows, np.floor(columns.min(1) - reach), np.ceil(columns.max(1) + reach))
         length = max((x2 - x1) ** 2 + (y2 - y1) ** 2, 1e-9)
         along = np.clip(((x - x1) * (x2 - x1) + (y - y1) * (y2 - y1)) / length, 0, 1)

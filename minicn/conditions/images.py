@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minicn.checkpoints import files
+from minicn.conditions.drawing import MOST_PIXELS
 from minicn.conditions.filters import resample
 from minicn.inputs import hint_tensor, to_rgb
 
@@ -121,7 +122,7 @@ def official_size(height: int, width: int, resolution: int) -> tuple[int, int]:
     """
     scale = resolution / min(height, width)
     new = tuple(max(64, round(side * scale / 64) * 64) for side in (height, width))
-    if new[0] * new[1] > 2**27:
+    if new[0] * new[1] > MOST_PIXELS:
         raise ValueError(f"{width}x{height} pixels would become {new[1]}x{new[0]}: choose a lower resolution, or crop it")
     return new
 

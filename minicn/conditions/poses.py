@@ -116,7 +116,7 @@ def read_openpose(path: str | Path, size: tuple[int, int] | None = None) -> tupl
     """Read the people (P, 18, 3) of an OpenPose JSON file, and the (height, width) of the image if it states them.
 
     size  height and width of the image, in place of those that the file states
-    Coordinates that are shares of the size are multiplied by it.
+    Coordinates that are fractions of the size are multiplied by it.
     COCO-18 or BODY_25, by the number of values; BODY_25's feet and mid-hip are left out.
     Raises FileNotFoundError or ValueError for another format or a file without people.
     """
@@ -140,7 +140,7 @@ def read_openpifpaf(path: str | Path, size: tuple[int, int] | None = None) -> tu
     """Read the people (P, 17, 3) of an OpenPifPaf prediction or a COCO annotation file, and (height, width) if stated.
 
     size  height and width of the image, in place of those that the file states
-    Coordinates that are shares of the size are multiplied by it.
+    Coordinates that are fractions of the size are multiplied by it.
     OpenPifPaf writes a list of objects with "keypoints"; COCO an object with "annotations" (and "images").
     Raises FileNotFoundError or ValueError for another format, several images or a file without people.
     """
@@ -183,7 +183,7 @@ def _size(path: str | Path, found: dict, height: str, width: str) -> tuple[int, 
 
 
 def _people(path: str | Path, people: list, size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """Check the people of a file, and convert shares of the size to pixels."""
+    """Check the people of a file, and convert fractions of the size to pixels."""
     if not people:
         raise ValueError(f"{path} contains no people: the hint would be empty")
     try:
@@ -191,7 +191,7 @@ def _people(path: str | Path, people: list, size: tuple[int, int] | None) -> tup
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     seen = people[(people[..., 2] > 0) & people[..., :2].any(axis=2)][:, :2]  # some tools write (0, 0) for an absent point
-    # No person is 2 pixels tall: shares, of which a tenth may lie further outside than the image is large.
+    # No person is 2 pixels tall: fractions, of which a tenth may lie further outside than the image is large.
     if len(seen) and np.quantile(np.abs(seen - 0.5), 0.9) <= 1.5:
         if size is None:
             raise ValueError(

@@ -82,6 +82,9 @@ def load_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
         )
     scale = size / min(image.size)
     width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
+    if width * height > conditions.MOST_PIXELS:
+        came = f"{image.width}x{image.height}"
+        raise ValueError(f"{pair.image}: {came} pixels would become {width}x{height}: crop it, or lower the resolution")
     left, top = (width - size) // 2, (height - size) // 2
     box = (left, top, left + size, top + size)
     image = image.resize((width, height), Image.Resampling.LANCZOS) if (width, height) != image.size else image

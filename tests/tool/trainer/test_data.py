@@ -160,3 +160,15 @@ def test_circles_are_what_they_say():
         bright_y, bright_x = np.nonzero(hint[..., 0] > 200)
         distance = np.hypot(bright_y - y.mean(), bright_x - x.mean())
         assert abs(distance - radius).max() < 2
+
+
+def test_a_thin_pair_is_not_enlarged_without_a_limit(tmp_path):
+    """1x3000 pixels at a resolution of 512 would be 0.8 billion; at 64 they are 12 million."""
+    for name in ("source", "target"):
+        write(tmp_path / name / "1.png", (1, 3000))
+    [pair] = data.read_pairs(table(tmp_path, [row(1)]))
+    with pytest.raises(
+        ValueError, match=r"1\.png: 1x3000 pixels would become 512x1536000: crop it, or lower the resolution"
+    ):
+        data.load_pair(pair, 512)
+    assert data.load_pair(pair, 64)[0].shape == (64, 64, 3)
