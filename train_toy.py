@@ -18,7 +18,7 @@ import torch
 from minicn import StableDiffusion, conditions, fast, toy, training
 from minicn.commands import cli, runs
 from minicn.toy import measures
-from minicn.trainer import distributed, examples, recording
+from minicn.trainer import distributed, examples, recording, resuming
 from minicn.trainer.progress import Progress
 
 HINT_CHANNELS = (8, 16, 32, 64)  # narrower than the published (16, 32, 96, 256), as all of the toy is
@@ -27,13 +27,13 @@ EARLY = (50, 100, 150, 200, 300, 400)  # extra steps after which to validate: mo
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     recipe = runs.recipe_of(args)
-    scenes = min(args.scenes, args.steps * args.batch_size)
-    settings = {"condition": args.condition, "pictures": args.pictures, "scenes": scenes, "model": str(args.model)}
-    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
 
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
     sd = StableDiffusion.load(args.model, device=device)
+    settings = {"condition": args.condition, "pictures": args.pictures, "scenes": args.scenes, "model": resuming.digest(sd)}
+    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
     run.prepare(args.resume)
+    scenes = min(args.scenes, args.steps * args.batch_size)
     data = examples.from_scenes(sd, toy.scenes(scenes, "train", args.condition), args.condition)
     validation = held_out(sd, args) if args.pictures else None
 

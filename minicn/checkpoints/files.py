@@ -295,19 +295,20 @@ TEXT_BYTES = 2**24  # of a text file that is read whole, at most; CLIP's largest
 DEPTH = 32  # of lists and objects within each other, at most
 
 
-def read_text(path: str | Path, what: str) -> str:
+def read_text(path: str | Path, what: str, most: int = TEXT_BYTES) -> str:
     """Read an ordinary text file: UTF-8, with or without a byte-order mark, or UTF-16 with one.
 
     what  the file is meant to be, in words
-    Raises FileNotFoundError or ValueError, naming it, also for pipes and devices, which might never end, and beyond 16 MB.
+    most  bytes, at most
+    Raises FileNotFoundError or ValueError, naming it, also for pipes and devices, which might never end, and for more bytes.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file: name {what}")
     with open(path, "rb") as file:
-        raw = file.read(TEXT_BYTES + 1)
-    if len(raw) > TEXT_BYTES:
-        raise ValueError(f"{path} is not {what}: it is larger than {TEXT_BYTES >> 20} MB")
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"{path} is not {what}: it is larger than {most >> 20} MB")
     try:
         return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 from minicn.commands import cli, runs
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
-from minicn.trainer import data, distributed, examples, loop, recording
+from minicn.trainer import data, distributed, examples, loop, recording, resuming
 from minicn.training import Recipe
 
 
@@ -29,20 +29,21 @@ def add_to(commands) -> None:
 def train(args: argparse.Namespace) -> None:
     first, device = distributed.init_distributed()[0] == 0, runs.begin(args)
     pairs, recipe = data.read_pairs(args.data), runs.recipe_of(args)
+    distributed.check_shares(recipe, device)
     sd = StableDiffusion.load(args.model, device=device, tokenizer=args.tokenizer)
     size = args.resolution or sd.image_size
     if size % 8:
         raise ValueError(f"--resolution is {size}, but must be a multiple of 8")
-    settings = {"data": str(args.data), "pairs": len(pairs), "model": str(args.model), "resolution": size}
-    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings, args.keep)
-    if first and not args.dry_run:
-        run.prepare(args.resume)
     net = runs.controlnet(args.controlnet, sd, args.seed)
     if args.dry_run:
         dry_run(sd, net, recipe, size)
         return
+    of = {"data": data.digest(pairs), "model": resuming.digest(sd)}
+    run = recording.Run(args.output, dataclasses.asdict(recipe) | of | {"resolution": size}, args.keep)
+    if first:
+        run.prepare(args.resume)
     with distributed.first_alone():  # it encodes, the others read
-        encoded = examples.from_pairs(sd, pairs, size, keep=run.encoded)
+        encoded = examples.from_pairs(sd, pairs, size, keep=run.encoded, of=of)
     loop.train(
         sd,
         net,

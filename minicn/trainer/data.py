@@ -4,7 +4,9 @@ Two formats. The official tutorial's (Fill50K): `prompt.json`, a JSON object a l
 Hugging Face's image folder: `metadata.jsonl`, a JSON object a line with `conditioning_image`, `file_name`, `text`.
 """
 
+import hashlib
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ FORMATS = {  # file: names of hint, image and prompt in its lines
     "prompt.json": ("source", "target", "prompt"),
     "metadata.jsonl": ("conditioning_image", "file_name", "text"),
 }
+
+
+TABLE_BYTES = 2**28  # of a table, at most: some million pairs
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,7 @@ def read_pairs(folder: str | Path) -> list[Pair]:
     table = next((folder / name for name in FORMATS if (folder / name).is_file()), None)
     if table is None:
         raise FileNotFoundError(f"{folder} holds no prompt.json (Fill50K) and no metadata.jsonl (Hugging Face): make one")
-    try:
-        lines = table.read_text("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table} is not UTF-8 text: {error}") from error
+    lines = files.read_text(table, "a table of pairs", TABLE_BYTES).split("\n")  # not at U+2028, as splitlines does
     pairs = [_pair(folder, table, i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not pairs:
         raise ValueError(f"{table} is empty: it needs a line for each pair")
@@ -55,18 +57,30 @@ def read_pairs(folder: str | Path) -> list[Pair]:
 
 
 def _pair(folder: Path, table: Path, number: int, line: str) -> Pair:
-    names = FORMATS[table.name]
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{table}, line {number}, is not a JSON object ({error}): correct or remove it") from error
+    names, where = FORMATS[table.name], f"{table}, line {number},"
+    row = files.parse_json(line, where, "a JSON object")
     if not isinstance(row, dict):
-        raise ValueError(f"{table}, line {number}, is not a JSON object but {type(row).__name__}: correct or remove it")
+        raise ValueError(f"{where} is not a JSON object but {type(row).__name__}: correct or remove it")
     for name in names:
-        if not isinstance(row.get(name), str):
-            raise ValueError(f"{table}, line {number}: {name} is {row.get(name)!r}, but must be text: correct or remove it")
+        if not isinstance(row.get(name), str) or re.search("[\0\ud800-\udfff]", row[name]):  # of no file, in no encoding
+            raise ValueError(f"{where[:-1]}: {name} is {row.get(name)!r}, but must be text: correct or remove it")
     hint, image, prompt = (row[name] for name in names)
     return Pair(folder / hint, folder / image, prompt, number)
+
+
+def digest(pairs: list[Pair]) -> str:
+    """Return in words which pairs these are: by prompts, contents of the pictures, and order, wherever they lie.
+
+    Raises FileNotFoundError, naming it, for a picture that is missing.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for pair in tqdm(pairs, desc="identifying", unit="pair", leave=False):
+        found.update(pair.prompt.encode() + b"\0")
+        for path in (pair.hint, pair.image):
+            conditions.check_file(path, "an image")
+            with open(path, "rb") as file:
+                found.update(hashlib.file_digest(file, "blake2b").digest())
+    return f"{len(pairs)} pairs of digest {found.hexdigest()}"
 
 
 def load_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:

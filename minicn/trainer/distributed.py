@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from minicn import fast, training
 from minicn.controlnet import ControlNet
+from minicn.trainer import resuming
 from minicn.training import Batch, Recipe
 from minicn.unet import UNet
 
@@ -84,11 +86,23 @@ class OneProcess:
         """Return the whole optimiser's state, at least on the first process."""
         return optimizer.state_dict()
 
+    def parameters(self, optimizer: torch.optim.Optimizer) -> resuming.Parameters:
+        """Return the optimiser's parameters by their keys in `optimizer_state`."""
+        return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer, state, path: Path) -> None:
+        """Raise ValueError, naming the checkpoint, unless `state` is of such an optimiser in this kind of run."""
+        parameters = self.parameters(optimizer)
+        if isinstance(state, dict) and isinstance(state.get("state"), dict):
+            of_shards = any(isinstance(key, str) for key in state["state"])  # else its parameters are numbered
+            if state["state"] and of_shards != isinstance(next(iter(parameters)), str):
+                made = "with --unlock all by several processes" if of_shards else "by one process, or without --unlock all"
+                raise ValueError(f"{path} was made {made}: resume it so")
+        resuming.compare_optimizer(state, parameters, len(optimizer.param_groups), path)
+
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        """Load what `optimizer_state` gave. Raises ValueError for the state of an optimiser of another kind of run."""
-        if by_name(state):
-            raise ValueError("the checkpoint was made with --unlock all by several processes: resume it so")
-        optimizer.load_state_dict(state)
+        """Load what `optimizer_state` gave, and `check_optimizer` has seen."""
+        optimizer.load_state_dict(resuming.as_own(state, optimizer, self.parameters(optimizer)))
 
 
 class Replicas(OneProcess):
@@ -139,15 +153,12 @@ class Shards(Replicas):
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
         return _state_dicts().get_optimizer_state_dict(self.model, optimizer, options=_whole(cpu_offload=True))
 
+    def parameters(self, optimizer: torch.optim.Optimizer) -> resuming.Parameters:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
     def load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
-        if not by_name(state):
-            raise ValueError("the checkpoint was made by one process: resume it so")
+        state = resuming.as_own(state, optimizer, self.parameters(optimizer))
         _state_dicts().set_optimizer_state_dict(self.model, optimizer, state, options=_whole())
-
-
-def by_name(state: dict) -> bool:
-    """Tell whether an optimiser's state names its parameters, as that of shards does, or numbers them."""
-    return any(isinstance(key, str) for key in state["state"])
 
 
 def _state_dicts():
@@ -163,9 +174,18 @@ def _whole(**options):
 def spread(unet: UNet, net: ControlNet, recipe: Recipe) -> OneProcess:
     """Spread both models over the processes that torchrun started, the recipe's regime applied.
 
-    Raises ValueError for a batch that they cannot share, or a device on which they cannot train together.
+    Raises ValueError as `check_shares` does.
     """
-    (_, world), device = init_distributed(), unet.out[2].weight.device
+    check_shares(recipe, unet.out[2].weight.device)
+    world = init_distributed()[1]
+    training.apply_regime(unet, net, recipe)
+    kind = OneProcess if world == 1 else Shards if recipe.unlock == "all" else Replicas
+    return kind(Joint(unet, net))
+
+
+def check_shares(recipe: Recipe, device: torch.device) -> None:
+    """Raise ValueError for a batch that the processes cannot share, or a device on which they cannot train together."""
+    world = init_distributed()[1]
     if recipe.batch_size % (world * recipe.accumulate):
         raise ValueError(
             f"a batch of {recipe.batch_size} cannot be shared by {world} processes in {recipe.accumulate} parts each: "
@@ -173,6 +193,3 @@ def spread(unet: UNet, net: ControlNet, recipe: Recipe) -> OneProcess:
         )
     if world > 1 and device.type not in ("cpu", "cuda"):
         raise ValueError(f"{world} processes cannot share a training on {device.type}: use --device cpu, or one process")
-    training.apply_regime(unet, net, recipe)
-    kind = OneProcess if world == 1 else Shards if recipe.unlock == "all" else Replicas
-    return kind(Joint(unet, net))

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minicn import ddim, fast, toy
+from minicn.checkpoints import loading
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
+from minicn.trainer import resuming
 from minicn.trainer.distributed import init_distributed
 from minicn.trainer.recording import StopRequest, check_resume, encode, save_whole
 from minicn.training import learning_rate_factor, send
@@ -36,6 +38,7 @@ MIN_SNR = 5.0  # the signal-to-noise ratio above which steps are down-weighted, 
 VARIANTS = 8  # ways in which a scene is described, drawn once; each step takes one of them
 DECAY = 0.4  # share of the U-Net's steps over which its learning rate falls
 WARM_UP = 200  # steps over which the U-Net's learning rate warms up
+RESULTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")  # names in the folder written
 PEOPLE = 2.0  # how much more often scenes with people are shown: people are hardest
 
 
@@ -99,16 +102,25 @@ class Checkpoint:
                     raise KeyboardInterrupt
 
     def _load(self, steps: int, parts: dict) -> int:
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
-        flat = state["done"] <= (1 - DECAY) * min(steps, state["steps"])  # the learning rate has not begun to fall
-        if state["stage"] != self.stage or (state["steps"] != steps and not (flat and self.stage == "U-Net")):
+        state = resuming.read(self.file)
+        done, before = state.get("done"), state.get("steps")
+        resuming.compare([done, before], [0, 0], self.file, "done, steps")
+        flat = done <= (1 - DECAY) * min(steps, before)  # the learning rate has not begun to fall
+        if state.get("stage") != self.stage or (before != steps and not (flat and self.stage == "U-Net")):
             raise ValueError(
-                f"{self.file} is from a run of {state['steps']} steps of the {state['stage']}, not {steps} of the "
-                f"{self.stage}: resume with the same"
+                f"{self.file} is from a run of {before} steps of the {state.get('stage')}, not {steps} of the {self.stage}: "
+                "resume with the same"
             )
         for name, part in parts.items():
+            if name != "optimizer":
+                resuming.compare(state.get(name), part.state_dict(), self.file, name)
+                continue
+            parameters = dict(enumerate(p for group in part.param_groups for p in group["params"]))
+            resuming.compare_optimizer(state.get(name), parameters, len(part.param_groups), self.file)
+            state[name] = resuming.as_own(state[name], part, parameters)
+        for name, part in parts.items():
             part.load_state_dict(state[name])
-        return state["done"]
+        return done
 
     def remove(self) -> None:
         """Remove the file: the training has ended."""
@@ -365,22 +377,25 @@ def train_base(
     """
     rank, world = init_distributed()
     check_resume(output / "checkpoint.pt", resume)
+    if not resume:
+        resuming.check_free(output, RESULTS, ())
     output.mkdir(parents=True, exist_ok=True)
+    start = None if model is None else StableDiffusion.load(model, device=device)
     checkpoints = [
         Checkpoint(output / "checkpoint.pt", stage, checkpoint_every, seed + i)
         for i, stage in enumerate(("autoencoder", "U-Net"))
     ]
-    start = None if model is None else StableDiffusion.load(model, device=device)
-    vae = start.vae if start else autoencoder(output / "vae.pt", scenes, vae_steps, seed, device, checkpoints[0])
-    tokenizer = Tokenizer.from_merges(learn_merges([*toy.captions(), *NEUTRAL[:3]]))
-    images, captions, chances = pictures(range(rank, scenes, world))
-    latents = encode(vae, images)
-    del images
-    size = batch_size // world
-    trained = train_unet(latents, captions, chances, tokenizer, unet_steps, size, lr, device, checkpoints[1], start)
-    if rank == 0:
-        StableDiffusion(trained.unet, vae, trained.text, tokenizer).save(output, dtype=torch.float16)
-        checkpoints[1].remove()
+    with resuming.lock(output) if rank == 0 else contextlib.nullcontext():
+        vae = start.vae if start else autoencoder(output / "vae.pt", scenes, vae_steps, seed, device, checkpoints[0])
+        tokenizer = Tokenizer.from_merges(learn_merges([*toy.captions(), *NEUTRAL[:3]]))
+        images, captions, chances = pictures(range(rank, scenes, world))
+        latents = encode(vae, images)
+        del images
+        size = batch_size // world
+        trained = train_unet(latents, captions, chances, tokenizer, unet_steps, size, lr, device, checkpoints[1], start)
+        if rank == 0:
+            StableDiffusion(trained.unet, vae, trained.text, tokenizer).save(output, dtype=torch.float16)
+            checkpoints[1].remove()
 
 
 def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torch.device, checkpoint: Checkpoint) -> VAE:
@@ -395,5 +410,8 @@ def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torc
     if init_distributed()[1] > 1:
         dist.barrier()
     vae = VAE(TOY_VAE).to(device, memory_format=fast.layout(device)).eval()
-    vae.load_state_dict(torch.load(finished, map_location="cpu", weights_only=True))
+    state = resuming.read(finished)
+    resuming.compare(state, vae.state_dict(), finished, "its content")
+    vae.load_state_dict(state)
+    loading.check_finite(vae)
     return vae

@@ -16,6 +16,7 @@ import statistics
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from minicn.checkpoints import models
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
+from minicn.trainer import resuming
 from minicn.trainer.distributed import Joint, OneProcess
 from minicn.trainer.recording import Run, StopRequest, Validation, zero_norms
 from minicn.training import Recipe
@@ -77,7 +79,7 @@ class Progress:
 
     def resume(self) -> None:
         """Go on from the run's newest checkpoint. Warns if the number of threads has changed since."""
-        state = self.run.load()
+        state = self.run.load(self.check)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.spread.scatter()
@@ -90,6 +92,12 @@ class Progress:
                 f"--threads {before} continues as before",
                 stacklevel=1,  # of the package: others' warnings are not shown
             )
+
+    def check(self, state: dict, path: Path) -> None:
+        """Raise ValueError, naming the place, unless a checkpoint is one of this run's models and optimiser."""
+        for name, part in self.parts.items():
+            resuming.compare(state.get(name), part.state_dict(), path, name)
+        self.spread.check_optimizer(self.optimizer, state.get("optimizer"), path)
 
     def steps(self) -> Iterator[int]:
         """Yield each remaining step, from 1; before the first, validate the ControlNet as it starts."""

@@ -10,8 +10,10 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from minicn.checkpoints import files
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 from minicn.toy import measures
+from minicn.trainer import resuming
 from minicn.vae import VAE
 
 FOLLOWS = 0.3  # the score from which a ControlNet is said to follow
@@ -128,7 +131,7 @@ def zero_norms(net: ControlNet) -> dict[str, float]:
 
 
 def save_whole(state: dict, path: Path) -> None:
-    """Write a checkpoint: a kill, or a full disk, leaves either the old or the new one intact."""
+    """Write a checkpoint: a kill, or a full disk, leaves the one before intact. Raises OSError, saying so."""
     with files.replacing(path) as new:
         torch.save(state, new)
 
@@ -148,15 +151,23 @@ class Run:
     keep      how many older checkpoints are kept, as checkpoint-STEP.pt
     """
 
+    RESULTS = ("controlnet.safetensors", "diffusers", "model.safetensors", "checkpoint.pt")
+    REPORTS = ("log.csv", "sheet.png", "curve.png", "stages", "tensorboard", "encoded.safetensors")
+
     def __init__(self, folder: Path, settings: dict, keep: int = 0):
         self.folder, self.settings, self.keep = folder, settings, keep
         self.rows: list[dict] = []
         self.losses: list[float] = []  # since the last row
-        self._lock = None
+        self.kept: list[int] = []  # steps of the older checkpoints
+        self._saved: int | None = None  # step of the newest, unless it is damaged
+        self._lock: IO | None = None
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
+
+    def older(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step:08d}.pt"
 
     @property
     def encoded(self) -> Path:
@@ -164,20 +175,24 @@ class Run:
         return self.folder / "encoded.safetensors"
 
     def prepare(self, resume: bool) -> None:
-        """Make the folder. Raises ValueError if it holds a run already, or none to resume, or another process uses it."""
+        """Take the folder for this run, until `release`. What lies in it stays as it is.
+
+        Raises ValueError if it holds another run, or none to resume, or something in a result's place, or is in use.
+        """
         check_resume(self.checkpoint, resume)
         if not resume:
-            self.encoded.unlink(missing_ok=True)
-        (self.folder / "stages").mkdir(parents=True, exist_ok=True)
+            resuming.check_free(self.folder, self.RESULTS, self.REPORTS)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = resuming.lock(self.folder)
         try:
-            import fcntl
-        except ImportError:  # Compat: not on Windows
-            return
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115  (held, and so locked, until the process ends)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"{self.folder} is in use by another run: wait for it, or name another --output") from error
+            for name in self.REPORTS:
+                if (self.folder / name).is_symlink():
+                    raise ValueError(f"{self.folder / name} is a link: a run writes nothing elsewhere; remove it")
+            if resume:
+                self.load(mmap=True)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let other processes use the folder."""
@@ -186,42 +201,60 @@ class Run:
 
     def save(self, step: int, state: dict) -> None:
         """Write the checkpoint; keep as many older ones as asked for. `state` is what resuming needs."""
-        if self.checkpoint.is_file() and self.keep:
-            with contextlib.suppress(Exception):  # a damaged one, of which `load` took an older: it is not kept
-                done = torch.load(self.checkpoint, map_location="cpu", weights_only=True, mmap=True)["step"]
-                os.link(self.checkpoint, self.folder / f"checkpoint-{done:08d}.pt")
-        state = {**state, "step": step, "settings": self.settings, "rows": self.rows, "losses": self.losses}
-        save_whole(state, self.checkpoint)
-        for old in sorted(self.folder.glob("checkpoint-*.pt"))[: -self.keep or None]:
-            old.unlink()
+        before = self.kept
+        if self.keep and self._saved not in (None, step):
+            with contextlib.suppress(OSError):  # not on every file system
+                os.link(self.checkpoint, self.older(self._saved))
+                before = [*before, self._saved]
+        self.kept = before[len(before) - min(self.keep, len(before)) :]
+        more = {"settings": self.settings, "rows": self.rows, "losses": self.losses, "kept": self.kept}
+        save_whole({**state, "step": step, **more}, self.checkpoint)
+        self._saved = step
+        for old in set(before) - set(self.kept):
+            self.older(old).unlink(missing_ok=True)
 
-    def load(self) -> dict:
-        """Return the newest checkpoint that is intact.
+    def load(self, check: Callable[[dict, Path], None] = lambda state, path: None, mmap: bool = False) -> dict:
+        """Return the newest checkpoint that is whole. Warns if that is an older one.
 
-        Raises ValueError if it was made with other settings, or has done more steps, or none is intact.
+        check  looks at what a run alone does not know: called with a checkpoint and its file, raises Damaged
+        mmap   leave the tensors in the file until they are looked at
+        Raises ValueError if it was made with other settings, or has done more steps, or none is whole.
         """
-        for path in (self.checkpoint, *sorted(self.folder.glob("checkpoint-*.pt"), reverse=True)):
+        reason = None
+        for path in (self.checkpoint, *sorted(self.folder.glob(f"checkpoint-{'[0-9]' * 8}.pt"), reverse=True)):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)  # from a GPU, on a machine without one, too
+                state = resuming.read(path, mmap)
+                resuming.check_log(state, path)
+                self._check_settings(state, path)
+                check(state, path)
                 break
-            except Exception:  # whatever a damaged file makes PyTorch's reader raise
-                continue
+            except resuming.Damaged as error:
+                reason = reason or error
         else:
-            raise ValueError(f"{self.checkpoint} is damaged, and no older one is kept: start a new run in another --output")
+            raise ValueError(f"{reason}; no older one is kept: start a new run in another --output")
+        self.rows, self.losses, self.kept = state["rows"], state["losses"], state.get("kept", [])
+        if reason is None:
+            self._saved = state["step"]
+        else:
+            self.kept = [*self.kept, state["step"]]
+            warnings.warn(f"{reason}; {path.name} is whole, and taken instead", stacklevel=1)
+        return state
+
+    def _check_settings(self, state: dict, path: Path) -> None:
+        """Raise ValueError unless a checkpoint was made with the run's settings."""
         for name, value in self.settings.items():
             before = state["settings"].get(name)
             if before != value and name != "steps":
                 raise ValueError(f"{path} was made with --{name.replace('_', '-')} {before}, not {value}: give the same")
         if state["step"] > self.settings["steps"]:
             raise ValueError(f"{path} has done {state['step']} steps already: give a larger --steps")
-        self.rows, self.losses = state["rows"], state["losses"]
-        return state
 
     def log(self, **row) -> None:
         """Add a row to log.csv, which is always the whole table."""
         self.rows.append(row)
+        names = dict.fromkeys(name for row in self.rows for name in row)  # with pictures there are more
         with files.replacing(self.folder / "log.csv") as new, open(new, "w", newline="") as file:
-            table = csv.DictWriter(file, list(row))
+            table = csv.DictWriter(file, list(names))
             table.writeheader()
             table.writerows(self.rows)
         try:
@@ -233,10 +266,25 @@ class Run:
                 if name != "step" and not math.isnan(value):
                     board.add_scalar(name, value, row["step"])
 
+    def stage(self, step: int) -> Path:
+        return self.folder / "stages" / f"{step:06d}.png"
+
     def save_stage(self, step: int, images: list[Image.Image]) -> None:
         """Keep the pictures of a stage as one column, for later sheets."""
         column = np.concatenate([np.asarray(image) for image in images])
-        conditions.save_image(Image.fromarray(column), self.folder / "stages" / f"{step:06d}.png")
+        conditions.save_image(Image.fromarray(column), self.stage(step))
+
+    def read_stage(self, step: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the column of a stage, or, with a warning, a red one if the file is not what the run wrote."""
+        try:
+            column = np.asarray(conditions.load_image(self.stage(step)))
+            if column.shape[1:] == shape[1:]:
+                return column
+            reason = f"{self.stage(step)} has {column.shape[1]}x{column.shape[0]} pixels, not {shape[1]} across"
+        except (OSError, ValueError) as error:
+            reason = error
+        warnings.warn(f"{reason}: it is red in the sheet", stacklevel=1)
+        return np.full(shape, (255, 0, 0), np.uint8)
 
     def save_sheet(self, validation: Validation, rows: int = 6, most: int = 11) -> Path:
         """Draw sheet.png: hint, truth, then the same seeds at up to `most` stages: the first, the last, those around the
@@ -248,10 +296,11 @@ class Run:
         others = [i for i in range(len(stages)) if i not in around]
         evenly = np.linspace(0, len(others) - 1, min(most - len(around), len(others)))
         stages = [stages[i] for i in sorted(around + [others[round(k)] for k in evenly])]
-        columns = [("hint", np.concatenate(validation.hint_pictures)), ("truth", np.concatenate(validation.truths))]
+        truth = np.concatenate(validation.truths)
+        columns = [("hint", np.concatenate(validation.hint_pictures)), ("truth", truth)]
         for step, score in stages:
             title = f"step {step}" + ("\nno control" if score is None else f"\nscore {words(score)}")
-            columns.append((title, np.asarray(conditions.load_image(self.folder / "stages" / f"{step:06d}.png"))))
+            columns.append((title, self.read_stage(step, truth.shape)))
         side = validation.truths[0].shape[0]
         height = min(rows, len(validation.truths)) * side
         head, gap = 30, 4
@@ -290,7 +339,7 @@ class Run:
 
     def verdict(self) -> str:
         """Say in a sentence at which step the ControlNet began to follow."""
-        if math.isnan(self.rows[-1]["score"]):
+        if not self.rows or math.isnan(self.rows[-1]["score"]):
             return "No pictures were drawn during training, so nothing can be said about following."
         for before, row in zip(self.rows, self.rows[1:], strict=False):
             if row["score"] >= FOLLOWS:
