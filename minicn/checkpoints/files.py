@@ -323,7 +323,8 @@ def parse_json(text: str, where: str | Path, what: str = "JSON") -> Any:
     except RecursionError:
         depth, parts = DEPTH, [None]
     except ValueError as error:
-        raise ValueError(f"{where} is not {what}: {error}") from error
+        remedy = "; in paths, write / instead of \\" if "escape" in str(error) else ""
+        raise ValueError(f"{where} is not {what}: {error}{remedy}") from error
     while parts and depth < DEPTH:
         inner = (part.values() if isinstance(part, dict) else part for part in parts if isinstance(part, dict | list))
         depth, parts = depth + 1, [value for values in inner for value in values]

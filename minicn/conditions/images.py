@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -22,7 +23,8 @@ VERSIONS = ("v1.1", "v1.0")  # of ControlNet's annotators
 def check_file(path: str | Path, kind: str) -> None:
     """Raise FileNotFoundError if there is no such file; `kind` says what it should be."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file: name {kind}")
+        remedy = " (write / instead of \\)" if "\\" in str(path) and os.sep == "/" else ""
+        raise FileNotFoundError(f"{path} does not exist or is not a file: name {kind}{remedy}")
 
 
 def load_image(path: str | Path) -> Image.Image:

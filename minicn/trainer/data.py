@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minicn import conditions, toy
 from minicn.checkpoints import files
+from minicn.conditions.images import check_file
 
 FORMATS = {  # file: names of hint, image and prompt in its lines
     "prompt.json": ("source", "target", "prompt"),
@@ -62,8 +63,11 @@ def _pair(folder: Path, table: Path, number: int, line: str) -> Pair:
     if not isinstance(row, dict):
         raise ValueError(f"{where} is not a JSON object but {type(row).__name__}: correct or remove it")
     for name in names:
-        if not isinstance(row.get(name), str) or re.search("[\0\ud800-\udfff]", row[name]):  # of no file, in no encoding
-            raise ValueError(f"{where[:-1]}: {name} is {row.get(name)!r}, but must be text: correct or remove it")
+        value, wanted, never = row.get(name), "text", "[\0\ud800-\udfff]"  # what no encoding has
+        if name != names[2]:
+            wanted, never = "the name of a picture, with / instead of \\", "[\0-\x1f\ud800-\udfff]"
+        if not isinstance(value, str) or re.search(never, value):
+            raise ValueError(f"{where[:-1]}: {name} is {value!r}, but must be {wanted}: correct or remove it")
     hint, image, prompt = (row[name] for name in names)
     return Pair(folder / hint, folder / image, prompt, number)
 
@@ -77,7 +81,7 @@ def digest(pairs: list[Pair]) -> str:
     for pair in tqdm(pairs, desc="identifying", unit="pair", leave=False):
         found.update(pair.prompt.encode() + b"\0")
         for path in (pair.hint, pair.image):
-            conditions.check_file(path, "an image")
+            check_file(path, "an image")
             with open(path, "rb") as file:
                 found.update(hashlib.file_digest(file, "blake2b").digest())
     return f"{len(pairs)} pairs of digest {found.hexdigest()}"

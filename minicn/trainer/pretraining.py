@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minicn import ddim, fast, toy
-from minicn.checkpoints import loading
 from minicn.clip import TextConfig, TextEncoder
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
@@ -413,5 +412,4 @@ def autoencoder(finished: Path, scenes: int, steps: int, seed: int, device: torc
     state = resuming.read(finished)
     resuming.compare(state, vae.state_dict(), finished, "its content")
     vae.load_state_dict(state)
-    loading.check_finite(vae)
     return vae

@@ -152,7 +152,7 @@ class Run:
     """
 
     RESULTS = ("controlnet.safetensors", "diffusers", "model.safetensors", "checkpoint.pt")
-    REPORTS = ("log.csv", "sheet.png", "curve.png", "stages", "tensorboard", "encoded.safetensors")
+    REPORTS = ("log.csv", "sheet.png", "curve.png", "stages", "tensorboard")
 
     def __init__(self, folder: Path, settings: dict, keep: int = 0):
         self.folder, self.settings, self.keep = folder, settings, keep
@@ -233,9 +233,8 @@ class Run:
         else:
             raise ValueError(f"{reason}; no older one is kept: start a new run in another --output")
         self.rows, self.losses, self.kept = state["rows"], state["losses"], state.get("kept", [])
-        if reason is None:
-            self._saved = state["step"]
-        else:
+        self._saved = state["step"] if reason is None else None
+        if reason is not None:
             self.kept = [*self.kept, state["step"]]
             warnings.warn(f"{reason}; {path.name} is whole, and taken instead", stacklevel=1)
         return state

@@ -36,7 +36,7 @@ def read(path: Path, mmap: bool = False) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # whatever a damaged file makes PyTorch's reader raise
-        raise Damaged(f"{path} is damaged ({error})") from error
+        raise Damaged(f"{path} is damaged ({str(error)[:100] or type(error).__name__})") from error
     if not isinstance(state, dict):
         raise Damaged(f"{path} is damaged: it holds {_words(state)}, but must hold a dict")
     return state
@@ -46,7 +46,7 @@ def compare(found, wanted, path: Path, where: str) -> None:
     """Raise Damaged, naming the place, unless something read from a file is built like something wanted.
 
     Alike are dictionaries with the same keys, and lists of the same length, of what is alike; tensors of the same shape and
-    type; numbers, but a fraction where an integer is wanted; and else what is the same.
+    type, if finite; numbers, but for a fraction where an integer is wanted; and else what is the same.
     """
     parts = ()
     if isinstance(wanted, dict) and isinstance(found, dict):
@@ -61,6 +61,8 @@ def compare(found, wanted, path: Path, where: str) -> None:
         same = type(found) is type(wanted) and found == wanted
     if not same:
         raise Damaged(f"{path} is damaged: {where} is {_words(found)}, but must be {_words(wanted)}")
+    if isinstance(found, Tensor) and found.is_floating_point() and not found.sum(dtype=torch.float32).isfinite():
+        raise Damaged(f"{path} is damaged: {where} holds NaN or infinite values")
     for part in parts:
         compare(found[part], wanted[part], path, f"{where}.{part}")
 

@@ -43,12 +43,56 @@ def test_both_formats_are_read(tmp_path):
         ([row(1), "[1]"], r"line 2, is not a JSON object but list"),
         ([{**row(1), "prompt": 7}], r"line 1: prompt is 7, but must be text"),
         ([{"source": "a"}], r"line 1: target is None"),
+        ([{**row(1), "source": "a\0b"}], r"line 1: source is 'a\\x00b', but must be the name of a picture"),
+        ([r'{"source": "source\target.png", "target": "b", "prompt": "c"}'], r"line 1: source is .*with / instead of \\"),
+        ([{**row(1), "prompt": "\ud800"}], r"line 1: prompt is '\\ud800', but must be text"),
+        ([row(1), "[" * 100_000], r"line 2, is not a JSON object: lists or objects are nested more than 32 deep"),
+        ([row(1), '{"a": ' * 50 + "1" + "}" * 50], r"line 2, is not a JSON object: lists or objects are nested"),
+        ([json.dumps(row(1))[:-1] + ', "n": ' + "9" * 5000 + "}"], r"line 1, is not a JSON object"),
         ([""], r"prompt\.json is empty"),
     ],
 )
 def test_a_broken_table_is_named_with_its_line(tmp_path, rows, words):
     with pytest.raises(ValueError, match=words):
         data.read_pairs(table(tmp_path / "d", rows))
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"])
+def test_lines_end_where_json_says(tmp_path, character):
+    """At a line feed alone: what else Python takes for the end of a line may stand in a prompt."""
+    rows = [json.dumps(row(i, f"red{character}ball"), ensure_ascii=False) for i in (1, 2)]
+    pairs = data.read_pairs(table(tmp_path / "d", rows))
+    assert [(pair.prompt, pair.line) for pair in pairs] == [(f"red{character}ball", 1), (f"red{character}ball", 2)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_tables_as_other_systems_write_them(tmp_path, encoding):
+    """With a byte-order mark, in UTF-16 with one, with a carriage return before each line feed."""
+    (tmp_path / "prompt.json").write_bytes("".join(json.dumps(row(i, "café")) + "\r\n" for i in (1, 2)).encode(encoding))
+    if encoding == "utf-16-le":  # without a mark it might be anything
+        with pytest.raises(ValueError, match=r"prompt\.json"):
+            data.read_pairs(tmp_path)
+    else:
+        assert [(pair.prompt, pair.hint.name) for pair in data.read_pairs(tmp_path)] == [
+            ("café", "1.png"),
+            ("café", "2.png"),
+        ]
+
+
+def test_a_table_that_no_memory_holds_is_refused(tmp_path):
+    with open(tmp_path / "prompt.json", "wb") as file:
+        file.truncate(20_000_000_000)  # a sparse file
+    with pytest.raises(ValueError, match=r"prompt\.json is not a table of pairs: it is larger than 256 MB"):
+        data.read_pairs(tmp_path)
+
+
+def test_windows_paths_are_named_as_such(tmp_path):
+    """Elsewhere a backslash is a part of the name; JSON wants two, or one slash."""
+    [pair] = data.read_pairs(table(tmp_path / "d", [{**row(1), "source": "source\\1.png"}]))
+    with pytest.raises(FileNotFoundError, match=r"source\\1\.png does not exist .* write / instead of \\"):
+        data.load_pair(pair, 32)
+    with pytest.raises(ValueError, match=r"line 1, is not a JSON object: Invalid \\escape.* write / instead of \\"):
+        data.read_pairs(table(tmp_path / "d", [r'{"source": "source\1.png", "target": "b", "prompt": "c"}']))
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -21,7 +21,6 @@ from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConf
 from minicn.checkpoints import files, hub, weights
 from minicn.checkpoints.models import load_model
 from minicn.trainer import data, loop, memory, recording
-from minicn.trainer import examples as examples_module
 from minicn.trainer.examples import from_pairs, from_scenes
 from minicn.unet import Block
 
@@ -380,7 +379,7 @@ def test_older_checkpoints_are_kept_and_used_if_the_newest_is_damaged(tmp_path):
     assert run.load()["step"] == 4
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="is damaged, and no older one is kept"):
+    with pytest.raises(ValueError, match=r"is damaged .*no older one is kept"):
         run.load()
 
 
@@ -502,19 +501,6 @@ def test_a_picture_that_vanishes_during_training_is_named(few, folder, tmp_path)
         pair.hint.unlink()
     with pytest.raises(FileNotFoundError, match=r"source/\d\.png does not exist"):
         train(few, examples, tmp_path / "run")
-
-
-def test_what_was_encoded_is_not_encoded_again(sd, folder, tmp_path, monkeypatch):
-    """Latents and text features of a run lie on disk, for --resume; a new run makes its own."""
-    pairs, keep = data.read_pairs(folder), recording.Run(tmp_path, {}).encoded
-    first = from_pairs(sd, pairs, 64, keep=keep)
-    with monkeypatch.context() as patch:
-        patch.setattr(examples_module, "encode", lambda *_: pytest.fail("encoded again"))
-        again = from_pairs(sd, pairs, 64, keep=keep)
-    for name in ("latents", "contexts", "prompt"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-    recording.Run(tmp_path, {}).prepare(False)
-    assert not keep.exists()
 
 
 # The ledger
