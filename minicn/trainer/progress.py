@@ -195,7 +195,10 @@ class Progress:
         self.sd.to(self.device)
         if self.first:
             self.net.save(self.run.folder / "controlnet.safetensors")
-            self.net.save(self.run.folder / "diffusers", layout="diffusers")
+            if self.net.cfg.paper_hint_encoder:
+                warnings.warn("diffusers does not have the paper's hint encoder: no folder for it is written", stacklevel=1)
+            else:
+                self.net.save(self.run.folder / "diffusers", layout="diffusers")
             if self.recipe.unlock != "none":
                 whole = {
                     "unet": self.sd.unet,

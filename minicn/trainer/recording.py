@@ -334,7 +334,9 @@ class Run:
         """Draw the curve and print the outcome of the run."""
         self.save_curve()
         print(self.verdict())
-        print(f"Weights: {self.folder / 'controlnet.safetensors'}, and for diffusers {self.folder / 'diffusers'}")
+        diffusers = self.folder / "diffusers"
+        more = f", and for diffusers {diffusers}" if diffusers.is_dir() else ""
+        print(f"Weights: {self.folder / 'controlnet.safetensors'}{more}")
 
     def verdict(self) -> str:
         """Say in a sentence at which step the ControlNet began to follow."""

@@ -89,7 +89,7 @@ def test_a_table_that_no_memory_holds_is_refused(tmp_path):
 def test_windows_paths_are_named_as_such(tmp_path):
     """Elsewhere a backslash is a part of the name; JSON wants two, or one slash."""
     [pair] = data.read_pairs(table(tmp_path / "d", [{**row(1), "source": "source\\1.png"}]))
-    with pytest.raises(FileNotFoundError, match=r"source\\1\.png does not exist .* write / instead of \\"):
+    with pytest.raises(FileNotFoundError, match=r"source\\1\.png does not exist .*write / instead of \\"):
         data.load_pair(pair, 32)
     with pytest.raises(ValueError, match=r"line 1, is not a JSON object: Invalid \\escape.* write / instead of \\"):
         data.read_pairs(table(tmp_path / "d", [r'{"source": "source\1.png", "target": "b", "prompt": "c"}']))
