@@ -1,4 +1,4 @@
-"""Measure what the toy reaches, and print a table: following, prompt, seconds a picture, import time.
+"""Measure what the toy reaches, and print a table: following, scene accuracy, prompt, seconds a picture, import time.
 
     python benchmarks/toy.py                                     the weights that ship
     python benchmarks/toy.py runs/seed0/controlnet.safetensors ...   ControlNets of your own, too
@@ -17,8 +17,10 @@ import time
 import torch
 
 from minicn import ControlNet, StableDiffusion, conditions, toy
-from minicn.toy import measures
+from minicn.toy import judging, measures
 from minicn.trainer import recording
+
+COUNTS = {"1": "one thing", "2": "two things", "3": "three things"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,6 +69,7 @@ def main() -> None:
     rows += [(f"{what}, another scene's truth through the autoencoder", others)]
     reached, possible = measures.prompt_share(plain, scenes), measures.prompt_share(truths, scenes)
     rows += [("prompt, base without control / true pictures", reached / possible)]
+    judge, sheets = judging.Judge.load(), {"ceiling": through_vae, "base without control": plain}
     for name in args.controlnets or [f"toy-{args.condition}"]:
         net = ControlNet.load(name, unet=sd.unet, device=args.device)
         images = draw(sd, scenes, args.guidance_scale, args.condition, net)
@@ -74,6 +77,10 @@ def main() -> None:
         rows.append((f"{what}, {name}", value))
         rows.append((f"following score, {name}", measures.score(value, floor, ceiling)))
         rows.append((f"prompt, {name} / true pictures", measures.prompt_share(images, scenes) / possible))
+        sheets[name] = images
+    for name, images in sheets.items():
+        found = judging.scene_accuracy(judge, images, scenes)
+        rows += [(f"scene accuracy, {name}, {COUNTS.get(of, of)}", value) for of, value in found.items()]
 
     hint = scenes[0].hint(args.condition)
     seconds = []
