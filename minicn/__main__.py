@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import minicn
-from minicn.commands import check_device, cli, condition, convert, data, generate, train
+from minicn.commands import check_device, cli, condition, convert, data, generate, scene, train
 
 COMMANDS = {
     "generate": generate.generate,
@@ -14,6 +14,7 @@ COMMANDS = {
     "train": train.train,
     "check-data": data.check_data,
     "make-data": data.make_data,
+    "scene": scene.scene,
     "check-device": check_device.check_device,
 }
 
@@ -22,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(prog="minicn", description="ControlNet on Stable Diffusion 1.5, from scratch")
     parser.add_argument("--version", action="version", version=f"minicn {minicn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, condition, convert, train, data, check_device):
+    for module in (generate, condition, convert, train, data, scene, check_device):
         module.add_to(commands)
     return parser.parse_args(argv)
 

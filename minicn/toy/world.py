@@ -7,6 +7,7 @@ closed form, so depth, normals, labels and key points are exact. A scene is a pu
 Axes: x to the right and y down in pixels, z towards the viewer; `normals` have y up, as normal maps do.
 """
 
+import io
 import itertools
 import math
 import random
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from minicn import conditions
@@ -27,7 +29,7 @@ RELATIONS = ("beside", "above", "in front of")
 SHADES = (0.45, 0.6, 0.75, 0.9, 1.0)  # brightnesses at which `name_colours` knows a colour
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scene:
     """A picture and everything that is known about it.
 
@@ -66,6 +68,23 @@ class Scene:
         if condition not in HINTS:
             raise ValueError(f"condition is {condition!r}, but must be one of: {', '.join(HINTS)}")
         return HINTS[condition](self)
+
+    def classes(self, condition: str) -> np.ndarray:
+        """Return the labels in the numbering of a data set, (128, 128) uint8, as `conditions.CONDITION` reads them.
+
+        condition  "ade20k" or "coco_stuff"
+        """
+        names, of, first = CLASSES[condition]
+        return np.array([first + of.index(name) for name in names], np.uint8)[self.labels]
+
+    def __repr__(self) -> str:
+        return f"<toy scene {self.index} of {self.split}: {self.caption}>"
+
+    def _repr_png_(self) -> bytes:
+        """Let notebooks show the picture."""
+        buffer = io.BytesIO()
+        Image.fromarray(self.image).save(buffer, "png")
+        return buffer.getvalue()
 
     def outlines(self, inner: bool = False) -> np.ndarray:
         """Return where things end, (128, 128) bool: the outermost pixels of each thing that is in front there.
@@ -227,13 +246,9 @@ def _caption(things: tuple[Thing, ...], background: str, relation: str) -> str:
 # The classes used for the background and for each of THINGS: of those that fit, the ones with colours far apart.
 ADE20K = ("wall", "ball", "box", "tent", "plate", "light", "person")
 COCO_STUFF = ("wall-other", "sports ball", "suitcase", "umbrella", "donut", "flower", "person")
+CLASSES = {"ade20k": (ADE20K, palettes.ADE20K_NAMES, 0), "coco_stuff": (COCO_STUFF, palettes.COCO_STUFF_NAMES, 1)}
 # COCO's 17 points, as places in KEYPOINTS: it has no neck, and each left point stands before the right one.
 COCO_POINTS = (0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10)
-
-
-def _classes(scene: Scene, names: tuple[str, ...], of: tuple[str, ...], first: int) -> np.ndarray:
-    """The scene's labels as those of a data set, whose classes are `of`, numbered from `first`."""
-    return np.array([first + of.index(name) for name in names])[scene.labels]
 
 
 def soft_edges(image: np.ndarray) -> np.ndarray:
@@ -246,7 +261,7 @@ def soft_edges(image: np.ndarray) -> np.ndarray:
         return conditions.hed(image)
 
 
-def _drawing(scene: Scene) -> np.ndarray:
+def drawing(scene: Scene) -> np.ndarray:
     """The scene as a drawing, black strokes on white, (128, 128, 3) uint8.
 
     Three in four scenes of "train" are drawn as by hand; the others, and those of "test", which are measured, as exact
@@ -267,12 +282,12 @@ def _line_drawing(scene: Scene) -> np.ndarray:
 HINTS: dict[str, Callable[[Scene], np.ndarray]] = {
     "canny": lambda scene: conditions.canny(scene.image),
     "hough": lambda scene: conditions.hough(scene.image),
-    "scribble": lambda scene: conditions.scribble(_drawing(scene)),
+    "scribble": lambda scene: conditions.scribble(drawing(scene)),
     "hed": lambda scene: soft_edges(scene.image),
     "openpose": lambda scene: conditions.openpose(scene.keypoints, SIZE, SIZE),
     "openpifpaf": lambda scene: conditions.openpifpaf(scene.keypoints[:, COCO_POINTS], SIZE, SIZE),
-    "ade20k": lambda scene: conditions.ade20k(_classes(scene, ADE20K, palettes.ADE20K_NAMES, 0)),
-    "coco_stuff": lambda scene: conditions.coco_stuff(_classes(scene, COCO_STUFF, palettes.COCO_STUFF_NAMES, 1)),
+    "ade20k": lambda scene: conditions.ade20k(scene.classes("ade20k")),
+    "coco_stuff": lambda scene: conditions.coco_stuff(scene.classes("coco_stuff")),
     "normal": lambda scene: conditions.normal(scene.normals),
     "lineart": _line_drawing,
     "depth": lambda scene: conditions.depth(scene.depth),
