@@ -5,7 +5,9 @@ Cleaning is OpenAI's: ftfy, HTML entities resolved twice, white space collapsed,
 tokenizer only normalises to NFC instead: the ids agree unless a prompt holds curly quotes, entities or mojibake.)
 """
 
+import contextlib
 import gzip
+import heapq
 import html
 import json
 import zlib
@@ -17,6 +19,7 @@ import regex
 import torch
 from torch import Tensor
 
+GZ_BYTES = 2**24  # of unpacked merges, at most; OpenAI's file has 3.1 MB
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
 # English contractions, runs of letters, single digits, runs of anything else but white space.
@@ -35,7 +38,10 @@ def clean(text: str) -> str:
     """Repair, unescape and lowercase a prompt, with single spaces."""
     import ftfy  # imported here: it would double the time that importing minicn takes
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = ftfy.fix_text(text)
+    for _ in range(2):
+        with contextlib.suppress(ValueError):  # "&#" and thousands of digits stay as they are
+            text = html.unescape(text)
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
@@ -70,13 +76,15 @@ class Tokenizer:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: name a folder with vocab.json and merges.txt")
         try:
-            text = gzip.decompress(path.read_bytes()).decode("utf-8")
+            with gzip.open(path) as file:
+                text = file.read(GZ_BYTES + 1).decode("utf-8")
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(f"{path} is not a gzip file of merges ({error}): name bpe_simple_vocab_16e6.txt.gz") from error
-        if not text.strip():
-            raise ValueError(f"{path} is not a gzip file of merges (it is empty): name bpe_simple_vocab_16e6.txt.gz")
+        if not text.strip() or len(text) > GZ_BYTES:
+            size = "empty" if len(text) <= GZ_BYTES else f"more than {GZ_BYTES >> 20} MB when unpacked"
+            raise ValueError(f"{path} is not a gzip file of merges (it is {size}): name bpe_simple_vocab_16e6.txt.gz")
         # The file holds more merges than CLIP uses: 49,408 ids minus 512 byte tokens and 2 specials.
-        return cls.from_merges(_parse_merges(text, path)[: 49408 - 512 - 2])
+        return cls.from_merges(_pairs(_rows(text)[: 49408 - 512 - 2], path))
 
     def save(self, folder: str | Path) -> None:
         """Write vocab.json and merges.txt, and the two small files that other tools look for."""
@@ -99,14 +107,16 @@ class Tokenizer:
                 continue
             for word in WORD.findall(part):
                 letters = "".join(byte_letters()[b] for b in word.encode("utf-8"))
-                ids.extend(self.vocab.get(token, self.end) for token in self._split(letters))
+                split = self._split if len(letters) < 100 else self._split_word  # only words that may come again are kept
+                ids.extend(self.vocab.get(token, self.end) for token in split(letters))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, words separated by single spaces, without start and end."""
         letter_bytes = {letter: b for b, letter in byte_letters().items()}
         text = "".join(self._word[int(i)] for i in ids if int(i) not in (self.start, self.end)).replace("</w>", " ")
-        return b"".join(bytes([letter_bytes[c]]) if c != " " else b" " for c in text).decode("utf-8", "replace").strip()
+        raw = b"".join(bytes([letter_bytes[c]]) if c in letter_bytes else c.encode() for c in text)
+        return raw.decode("utf-8", "replace").strip()
 
     def lost(self, prompt: str) -> str:
         """Return the end of a prompt that does not fit into max_length tokens; "" if all of it fits."""
@@ -127,52 +137,70 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, self.max_length)
 
     def _split_word(self, letters: str) -> tuple[str, ...]:
-        """Merge neighbours, the earliest-learned pair first, until no pair is known."""
-        parts = [*letters[:-1], letters[-1] + "</w>"]
-        while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self._rank.get(pair, len(self._rank)))
-            if best not in self._rank:
-                break
-            merged, i = [], 0
-            while i < len(parts):
-                if tuple(parts[i : i + 2]) == best:
-                    merged.append(parts[i] + parts[i + 1])
-                    i += 2
-                else:
-                    merged.append(parts[i])
-                    i += 1
-            parts = merged
-        return tuple(parts)
+        """Merge neighbours, everywhere the earliest-learned pair first, until no pair is known.
+
+        A heap of ranks, instead of a search in each round, keeps a long word's cost at n log n.
+        """
+        parts = [*letters[:-1], letters[-1] + "</w>"]  # merged ones leave "" behind
+        left, right = [*range(-1, len(parts) - 1)], [*range(1, len(parts) + 1)]  # neighbours of each part
+        places: dict[int, list[int]] = {}  # rank of a pair: where it begins
+        ranks: list[int] = []  # a heap of the keys of places
+
+        def note(i: int) -> None:
+            rank = self._rank.get((parts[i], parts[right[i]])) if i >= 0 and right[i] < len(parts) else None
+            if rank is not None:
+                if rank not in places:
+                    heapq.heappush(ranks, rank)
+                places.setdefault(rank, []).append(i)
+
+        for i in range(len(parts)):
+            note(i)
+        while ranks:
+            rank, merged = heapq.heappop(ranks), []
+            for i in sorted(places.pop(rank)):
+                j = right[i]
+                if j < len(parts) and self._rank.get((parts[i], parts[j])) == rank:  # not merged into another pair since
+                    parts[i], parts[j], right[i] = parts[i] + parts[j], "", right[j]
+                    if right[i] < len(parts):
+                        left[right[i]] = i
+                    merged.append(i)
+            for i in merged:
+                note(left[i])
+                note(i)
+        return tuple(part for part in parts if part)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Read vocab.json and merges.txt, else tokenizer.json, which is all that transformers 5 writes."""
-    whole = folder / "tokenizer.json"
-    if not (folder / "vocab.json").is_file() and whole.is_file():
-        try:
-            model = json.loads(whole.read_text("utf-8"))["model"]
-            vocab, merges = model["vocab"], [p.split(" ") if isinstance(p, str) else p for p in model["merges"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{whole} holds no vocabulary and merges ({error!r}): fetch it again") from error
-        text, source = "\n".join(["", *(" ".join(pair) for pair in merges)]), whole
+    from minicn.checkpoints import files
+
+    table, pairs, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if not table.is_file() and whole.is_file():
+        table = pairs = whole
+        model = files.read_json(whole, "a tokenizer").get("model")
+        vocab, rows = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
+        rows = [row.split(" ") if isinstance(row, str) else row for row in rows] if isinstance(rows, list) else [None]
     else:
-        for name in ("vocab.json", "merges.txt"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: a tokenizer folder holds vocab.json and merges.txt")
-        try:
-            vocab, source = json.loads((folder / "vocab.json").read_text("utf-8")), folder / "merges.txt"
-            text = source.read_text("utf-8")
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise ValueError(f"{folder} holds a damaged vocab.json or merges.txt: {error}") from error
+        for path in (table, pairs):
+            if not path.is_file():
+                raise FileNotFoundError(f"{folder} has no {path.name}: a tokenizer folder holds vocab.json and merges.txt")
+        vocab, rows = files.read_json(table, "a vocabulary"), _rows(files.read_text(pairs, "a list of merges"))
     if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
-        named = folder / "vocab.json" if (folder / "vocab.json").is_file() else whole
-        raise ValueError(f"{named} holds no {START} and {END}: this is not CLIP's vocabulary")
-    return vocab, _parse_merges(text, source)
+        raise ValueError(f"{table} holds no {START} and {END}: this is not CLIP's vocabulary")
+    if any(type(i) is not int or i < 0 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
+        raise ValueError(f"{table} does not give each token an integer of its own, from 0: this is not CLIP's vocabulary")
+    return vocab, _pairs(rows, pairs)
 
 
-def _parse_merges(text: str, path: Path) -> list[tuple[str, str]]:
-    """Read "a b" lines below the version line."""
-    pairs = [line.split() for line in text.splitlines()[1:] if line.strip()]
-    if any(len(pair) != 2 for pair in pairs):
+def _rows(text: str) -> list[list[str]]:
+    """Return the words of the lines below the version line."""
+    return [line.split() for line in text.split("\n")[1:] if line.strip()]
+
+
+def _pairs(rows: list, path: Path) -> list[tuple[str, str]]:
+    """Return merges as pairs. Raises ValueError for a row that is something else."""
+    if not all(
+        isinstance(row, list) and len(row) == 2 and all(isinstance(token, str) and token for token in row) for row in rows
+    ):
         raise ValueError(f"{path} has a line that is not a pair of tokens: this is not a list of merges")
-    return [(a, b) for a, b in pairs]
+    return [(a, b) for a, b in rows]

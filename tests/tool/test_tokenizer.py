@@ -1,8 +1,10 @@
 """The tokenizer's files, and what it refuses."""
 
 import gzip
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,3 +129,102 @@ def test_what_is_no_list_of_texts_is_refused(tokenizer):
         tokenizer(["low", 3])
     with pytest.raises(TypeError, match=r"prompts are <class 'NoneType'>, but"):
         tokenizer([None])
+
+
+def plain_split(tokenizer, word):
+    """Byte-pair encoding as it is explained: look for the earliest-learned pair, merge it everywhere, and again."""
+    rank = {pair: i for i, pair in enumerate(tokenizer.merges)}
+    parts = [*word[:-1], word[-1] + "</w>"]
+    while known := [pair for pair in zip(parts, parts[1:], strict=False) if pair in rank]:
+        best, merged = min(known, key=rank.get), []
+        while parts:
+            count = 2 if (*parts[:2],) == best else 1
+            merged.append("".join(parts[:count]))
+            parts = parts[count:]
+        parts = merged
+    return tuple(parts)
+
+
+def test_words_are_split_as_explained():
+    """Whatever the order of the merges, also where a pair becomes known before one that it is made of."""
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        tokens = ["a", "b", "c", "a</w>"]
+        pairs = {}
+        for _ in range(12):
+            a, b = random.choice(tokens, 2)
+            if not a.endswith("</w>"):
+                pairs[str(a), str(b)] = None
+                tokens.append(str(a + b))
+        tokenizer = Tokenizer.from_merges([*pairs][:: random.choice([1, -1])])
+        word = "".join(random.choice([*"abc"], 30))
+        assert tokenizer._split_word(word) == plain_split(tokenizer, word)
+
+
+def test_a_long_word_costs_its_length(tokenizer):
+    """A search through the word for each merge would take an hour for a word of 200,000 letters."""
+    merges = [(a + b, c) for a in ("", *"abcd") for b in "abcd" for c in "abcd"]
+    tokenizer = Tokenizer.from_merges([*merges, *((a + b, c + d) for a, b, c, d in itertools.product("abcd", repeat=4))])
+    word = "".join(np.random.default_rng(0).choice([*"abcd"], 20_000))
+    assert "".join(tokenizer._split_word(word)) == word + "</w>"
+    assert tokenizer._split.cache_info().currsize == 0
+    tokenizer([word])
+    assert tokenizer._split.cache_info().currsize == 0  # nor is it kept
+
+
+def test_odd_prompts_are_prompts(tokenizer):
+    """An entity of more digits than Python converts, halves of characters, tokens of a foreign vocabulary."""
+    assert tokenizer.encode("&#" + "9" * 5000 + "; low")[-1] == tokenizer.vocab["low</w>"]
+    assert tokenizer(["\ud800 \udcff \x00 low"]).shape == (1, 77)
+    vocab = {**tokenizer.vocab, "\u732b</w>": 521 + 2}
+    assert Tokenizer(vocab, MERGES).decode([523, tokenizer.vocab["low</w>"]]) == "\u732b low"
+
+
+VOCAB = Tokenizer.from_merges(MERGES).vocab
+DAMAGED = {
+    "nested": {"vocab.json": "[" * 200_000},
+    "nested deeper in": {"tokenizer.json": '{"model": ' + "[" * 200_000},
+    "an id that is a list": {"vocab.json": json.dumps({**VOCAB, "a": [1]})},
+    "an id that is true": {"vocab.json": json.dumps({**VOCAB, "a": True})},
+    "an id beyond 64 bits": {"vocab.json": json.dumps({**VOCAB, "a": -(2**64)})},
+    "two tokens of one id": {"vocab.json": json.dumps({**VOCAB, "a": 1})},
+    "merges of numbers": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB, "merges": [[1, 2]]}})},
+    "merges of lists": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB, "merges": [[["a"], ["b"]]]}})},
+    "merges of nothing": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB, "merges": [None]}})},
+    "merges of halves": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB, "merges": [["", "a"]]}})},
+    "no merges": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB}})},
+    "no model": {"tokenizer.json": "{}"},
+    "no text": {"merges.txt": b"#version\n\xff \xfe"},
+    "a text without end": {"merges.txt": 2**40},
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_damaged_files_are_named(tokenizer, tmp_path, what):
+    tokenizer.save(tmp_path)
+    [(name, content)] = DAMAGED[what].items()
+    if name == "tokenizer.json":
+        (tmp_path / "vocab.json").unlink()
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(content) if isinstance(content, int) else file.write(
+            content if isinstance(content, bytes) else content.encode()
+        )
+    with pytest.raises(ValueError, match=rf"{name} (is not|holds no|has a line|does not give)"):
+        Tokenizer.load(tmp_path)
+
+
+def test_files_of_other_editors_are_read(tokenizer, tmp_path):
+    """A byte-order mark and lines that end as on Windows."""
+    tokenizer.save(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        text = (tmp_path / name).read_text("utf-8").replace("\n", "\r\n")
+        (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    again = Tokenizer.load(tmp_path)
+    assert (again.vocab, again.merges) == (tokenizer.vocab, tokenizer.merges)
+
+
+def test_a_gz_is_not_unpacked_without_end(tmp_path):
+    """A thousandth of its size on disk: it is given up at 16 MB."""
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(2**20)) * 40)
+    with pytest.raises(ValueError, match=r"bomb\.gz is not a gzip file of merges \(it is more than 16 MB when unpacked\)"):
+        Tokenizer.load(tmp_path / "bomb.gz")
