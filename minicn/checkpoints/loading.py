@@ -1,9 +1,5 @@
 """From tensors of a file to a model: built without initialising it, and checked tensor by tensor."""
 
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -35,18 +31,6 @@ class Unfilled(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init" or func in WRITES:
             return (kwargs or {}).get("tensor", args[0] if args else None)
         return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def building(path: Path, what: str) -> Iterator[None]:
-    """Inside `with`, build a model uninitialised. Raises ValueError, naming the file, for what cannot be built."""
-    try:
-        with Unfilled():
-            yield
-    except (TypeError, ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: the {what} that it describes cannot be built: {error}") from error
 
 
 CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is checked while loading; of larger ones, at first use

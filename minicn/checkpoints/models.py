@@ -1,5 +1,6 @@
 """Models to and from disk, in any published layout: what the models' `load` and `save` do."""
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,11 +17,12 @@ from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, VAEConfig
 
-MODELS = {  # kind: model class, config class, our fields from its config.json, names of its weights file
-    "unet": (UNet, UNetConfig, configs.unet_fields, ("diffusion_pytorch_model",)),
-    "vae": (VAE, VAEConfig, configs.vae_fields, ("diffusion_pytorch_model",)),
-    "text_encoder": (TextEncoder, TextConfig, configs.text_fields, ("model", "pytorch_model")),
+MODELS = {  # kind: model class, config class, reader of its config.json, names of its weights file
+    "unet": (UNet, UNetConfig, configs.read_unet, ("diffusion_pytorch_model",)),
+    "vae": (VAE, VAEConfig, configs.read_vae, ("diffusion_pytorch_model",)),
+    "text_encoder": (TextEncoder, TextConfig, configs.read_text, ("model", "pytorch_model")),
 }
+SHUFFLE = re.compile(r"control_v11e_sd15_shuffle([._]fp16)?\.(pth|safetensors|ckpt|bin)")  # the published files' names
 
 
 # Loading
@@ -38,13 +40,13 @@ def load_model(
 
     Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit.
     """
-    model_class, config_class, fields, names = MODELS[kind]
+    model_class, config_class, read_config, names = MODELS[kind]
+    cfg = None
     if isinstance(source, Path):
-        config = source / "config.json"
-        read = fields(files.read_json(config), config)
+        cfg = read_config(source / "config.json")
         found = weights.contents(files.open_weights(files.find_weights(source, names, variant)))
     else:
-        found, read = source, None
+        found = source
     if kind not in found.parts:
         held = ", ".join(weights.DISPLAY_NAMES[k] for k in found.parts)
         raise ValueError(f"{found.file.path} holds no {weights.DISPLAY_NAMES[kind]}, only: {held}")
@@ -60,8 +62,9 @@ def load_model(
         keys = found.ema if ema else keys
     elif kind == "unet" and ema:
         raise ValueError(f"{found.file.path} holds no moving average (EMA) of the weights: leave out ema")
-    with loading.building(found.file.path, weights.DISPLAY_NAMES[kind]):
-        model = model_class(config_class(**(read or weights.fields_of(found, kind))))
+    cfg = cfg or configs.checked(config_class, weights.fields_of(found, kind), found.file.path)
+    with loading.Unfilled():
+        model = model_class(cfg)
     loading.load_into(model, found.file, keys, dtype, device)
     return model.eval()
 
@@ -104,9 +107,7 @@ def load_stable_diffusion(
     if path.is_dir():
         if not (path / "unet").is_dir():
             raise FileNotFoundError(f"{path} holds no unet/: name a diffusers folder of a complete Stable Diffusion")
-        scheduler = path / "scheduler" / "scheduler_config.json"
-        if scheduler.is_file():
-            configs.check_fixed(files.read_json(scheduler), scheduler)
+        configs.check_scheduler(path)
     else:
         found = weights.contents(files.open_weights(path))
         missing = [weights.DISPLAY_NAMES[kind] for kind in MODELS if kind not in found.parts and not (kind == "vae" and vae)]
@@ -156,27 +157,18 @@ def load_controlnet(
     if "controlnet" not in found.parts:
         held = ", ".join(weights.DISPLAY_NAMES[kind] for kind in found.parts)
         raise ValueError(f"{file.path} holds no ControlNet, only: {held}; give it as the model instead")
-    with loading.building(file.path, "ControlNet"):
-        if config:
-            shape = UNetConfig(**configs.unet_fields(config, path / "config.json"))
-        elif found.difference:
-            if unet is None:
-                raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
-            shape = unet.cfg
-        else:
-            shape = UNetConfig(**weights.fields_of(found, "controlnet"))
-        hints = weights.written(found).get("hints", {})
-        paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
-        cfg = ControlNetConfig(
-            shape,
-            hint_channels=ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found),
-            paper_hint_encoder=paper,
-            # Compat: nothing in a published single file says so, so the file's name decides.
-            global_pool=config.get("global_pool_conditions", hints.get("global_pool", "shuffle" in path.name)),
-            bgr=config.get("controlnet_conditioning_channel_order", "bgr" if hints.get("bgr") else "rgb") == "bgr",
-        )
-        if unet is not None and unet.cfg != cfg.unet:
-            raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
+    if config:
+        shape = configs.read_unet(path / "config.json")
+    elif found.difference:
+        if unet is None:
+            raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
+        shape = unet.cfg
+    else:
+        shape = configs.checked(UNetConfig, weights.fields_of(found, "controlnet"), file.path)
+    cfg = configs.checked(ControlNetConfig, {"unet": shape, **_hint_fields(found, config, path)}, file.path)
+    if unet is not None and unet.cfg != cfg.unet:
+        raise ValueError(f"{file.path} was made for a U-Net of shape {cfg.unet}, but this one is {unet.cfg}")
+    with loading.Unfilled():
         net = ControlNet(cfg)
     if found.difference:
         found.file, found.parts["controlnet"] = _add_difference(found, unet, net)
@@ -184,6 +176,27 @@ def load_controlnet(
     if unet is not None and "unet" in found.parts and not unet.out[2].weight.is_meta:
         _warn_of_another_unet(found, unet)
     return net.eval()
+
+
+def _hint_fields(found: weights.Contents, config: dict, path: Path) -> dict:
+    """Return what a ControlNet's configuration, or else minicn's metadata or the shapes, say of how it takes hints."""
+    hints = weights.written(found).get("hints", {})
+    paper = found.shapes("controlnet").get("input_hint_block.0.weight", (0,))[-1] == 4  # its convolutions are 4x4
+    widths = ControlNetConfig.hint_channels if paper else weights.hint_channels_of(found)
+    order = config.get("controlnet_conditioning_channel_order", "rgb")
+    configs.check_fixed({"conditioning_embedding_out_channels": [*widths]}, config, path / "config.json")
+    if order not in ("rgb", "bgr"):
+        raise ValueError(f'{path} has controlnet_conditioning_channel_order {order!r}, but expected "rgb" or "bgr"')
+    pool = config.get("global_pool_conditions", hints.get("global_pool"))
+    if pool is None and not config and SHUFFLE.fullmatch(path.name):
+        pool = True  # Compat: nothing in the published file says so
+        warnings.warn(f"{path} has the name of v1.1's shuffle: its residuals are averaged over all positions", stacklevel=4)
+    return {
+        "hint_channels": widths,
+        "paper_hint_encoder": paper,
+        "global_pool": False if pool is None else pool,
+        "bgr": order == "bgr" if config else hints.get("bgr", False),
+    }
 
 
 def _add_difference(found: weights.Contents, unet: UNet, net: ControlNet) -> tuple[files.WeightFile, weights.Keys]:
