@@ -1,7 +1,6 @@
 """Weights files, read without trusting them, and written whole or not at all.
 
-Three containers: .safetensors, read by its own library; PyTorch's zip; PyTorch's older pickle. A pickle can ask for any
-function to be called. None is: classes and functions that tensors do not need become inert stubs.
+Three containers: .safetensors, read by its own library; PyTorch's zip; PyTorch's older pickle (see `pickles`).
 """
 
 import codecs
@@ -9,12 +8,8 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import re
 import tempfile
-import types
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +18,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from minicn.checkpoints import pickles
 
 State = dict[str, Tensor]
 
@@ -124,94 +121,12 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _open_pickle(path: Path) -> WeightFile:
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-        if zipped:
-            _check_stored(path)
-        # Tensors of a zip are read from disk when they are used; not where the extension would mislead PyTorch.
-        mapped = zipped and path.suffix != ".safetensors"
-        source, options = path if mapped else file, {"map_location": "cpu", "mmap": mapped}
-        try:
-            try:
-                file.seek(0)
-                content = torch.load(source, weights_only=True, **options)
-            except pickle.UnpicklingError:  # more classes than tensors need, as in Lightning's
-                file.seek(0)
-                content = torch.load(source, weights_only=False, pickle_module=_inert_pickle(), **options)
-        except Exception as error:  # whatever a crafted or truncated file makes PyTorch's reader raise
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} is not a complete PyTorch file ({reason}): fetch it again") from error
-    for _ in range(8):  # a file may contain itself
-        if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            content = content["state_dict"]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-    for key, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-            raise ValueError(f"{path}: {key} is not a plain tensor ({tensor.layout}, {tensor.device}): save it as one")
-    if not tensors:
-        raise ValueError(f"{path} holds no dictionary of tensors: name a weights file")
-    shapes = {str(key): tuple(tensor.shape) for key, tensor in tensors.items()}
-    dtypes = {str(key): str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
+    tensors, container = pickles.read(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    dtypes = {key: str(tensor.dtype).removeprefix("torch.") for key, tensor in tensors.items()}
     opened = WeightFile(path, tensors.__getitem__, shapes, dtypes)
-    opened.container = "PyTorch's zip" if zipped else "PyTorch's old container"
+    opened.container = container
     return opened
-
-
-def _check_stored(path: Path) -> None:
-    """Raise ValueError for a zip that is truncated, or compressed: PyTorch maps its tensors as they lie in the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a complete PyTorch file ({error}): fetch it again") from error
-    if packed:
-        raise ValueError(f"{path} is compressed ({packed[0]}), which PyTorch's files are not: unpack it, or fetch it again")
-
-
-def _inert_pickle() -> types.SimpleNamespace:
-    """Return a replacement for the module `pickle`, for torch.load, in which only tensors come to life.
-
-    Everything here is created afresh for each file, so that a file cannot change it for the next.
-    """
-
-    class Stub:
-        """Replaces any class or function: accepts everything, does nothing."""
-
-        def __new__(cls, *args, **kwargs):
-            return object.__new__(cls)
-
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def _ignore(self, *args, **kwargs):
-            return None
-
-        append = extend = __setitem__ = __setstate__ = _ignore
-
-    def tensor(storage, offset, size, stride, *rest):
-        return torch._utils._rebuild_tensor(storage, offset, size, stride)
-
-    def parameter(data, *rest):
-        return data
-
-    known = {
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch._utils", "_rebuild_tensor"): tensor,
-        ("torch._utils", "_rebuild_tensor_v2"): tensor,
-        ("torch._utils", "_rebuild_tensor_v3"): tensor,
-        ("torch._utils", "_rebuild_parameter"): parameter,
-        ("torch._utils", "_rebuild_parameter_with_state"): parameter,
-        ("torch", "Size"): torch.Size,
-    }
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            return known.get((module, name), Stub)
-
-    def load(file, **options):
-        return Unpickler(file, **options).load()
-
-    return types.SimpleNamespace(Unpickler=Unpickler, load=load, __name__="inert_pickle")
 
 
 def _open_shards(path: Path) -> WeightFile:

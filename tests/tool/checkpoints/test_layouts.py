@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig
-from minicn.checkpoints import converting, files, hub, weights
+from minicn.checkpoints import converting, files, hub, pickles, weights
 from minicn.checkpoints.models import load_model, load_vae
 from minicn.tokenizer import Tokenizer
 
@@ -490,7 +490,7 @@ def test_a_pickle_cannot_change_what_reads_the_next(net, tmp_path):
     code = b"\x80\x02ctorch._utils\n_rebuild_tensor\n}X\x08\x00\x00\x00poisonedK\x01sb."
     (tmp_path / "p.pkl").write_bytes(code)
     with open(tmp_path / "p.pkl", "rb") as file:
-        files._inert_pickle().load(file)
+        pickles.Inert(file).load()
     assert (dict(vars(torch._utils._rebuild_tensor_v2)), torch._utils._rebuild_tensor.__defaults__) == before
     assert not hasattr(torch._utils._rebuild_tensor, "poisoned")
 
