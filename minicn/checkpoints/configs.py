@@ -44,7 +44,7 @@ DEFAULTS = {  # of fields that a config.json may leave out
     "max_position_embeddings": 77,
 }
 
-RANGES = {  # of every field that decides what is built, lowest and highest; of a list of widths, of each
+RANGES = {  # of every field that decides what is built, lowest and highest; of a list of one to eight widths, of each
     "in_channels": (1, 64),
     "out_channels": (1, 64),
     "latent_channels": (1, 64),
@@ -170,7 +170,7 @@ def checked(config_class: type[C], found: dict, source: str | Path, names: dict[
     for name, like in fields.items():
         value, (low, high) = getattr(cfg, name), RANGES.get(name, (False, True))
         if like is not dataclasses.MISSING and not _fits(value, like, low, high):
-            expected = {tuple: "4 integers from ", int: "an integer from ", float: "a number from ", bool: ""}[type(like)]
+            expected = {tuple: "1 to 8 integers from ", int: "an integer from ", float: "a number from ", bool: ""}[type(like)]
             expected += f"{low} to {high}" if expected else "true or false"
             raise ValueError(f"{source} has {names.get(name, name)} {value!r}, but expected {expected}")
     for name, widths in _divided(cfg).items():
@@ -186,7 +186,7 @@ def checked(config_class: type[C], found: dict, source: str | Path, names: dict[
 def _fits(value: object, like: object, low: float, high: float) -> bool:
     """Return whether a value is of the type of a default, and it, or each of a tuple, lies in a range."""
     if isinstance(like, tuple):
-        return isinstance(value, tuple) and len(value) == len(like) and all(_fits(v, 1, low, high) for v in value)
+        return isinstance(value, tuple) and 1 <= len(value) <= 8 and all(_fits(v, 1, low, high) for v in value)
     return type(value) in ((int, float) if isinstance(like, float) else (type(like),)) and low <= value <= high
 
 
@@ -236,9 +236,9 @@ def read_unet(source: Path) -> UNetConfig:
     check_fixed(UNET_FIXED, config, source)
     found = fields_from_config(UNET_FIELDS | {"widths": "block_out_channels"}, config, source)
     widths = found.pop("widths")
-    if not _fits(widths, (0, 0, 0, 0), *RANGES["channels"]) or any(width % widths[0] for width in widths):
+    if not _fits(widths, (), *RANGES["channels"]) or any(width % widths[0] for width in widths):
         raise ValueError(
-            f"{source} has block_out_channels {widths!r}, but expected 4 integers from 1 to 4096, multiples of the first"
+            f"{source} has block_out_channels {widths!r}, but expected integers from 1 to 4096, multiples of the first"
         )
     found |= {"model_channels": widths[0], "channel_mult": tuple(width // widths[0] for width in widths)}
     return checked(UNetConfig, found, source, UNET_FIELDS)
