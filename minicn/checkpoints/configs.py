@@ -170,7 +170,9 @@ def checked(config_class: type[C], found: dict, source: str | Path, names: dict[
     for name, like in fields.items():
         value, (low, high) = getattr(cfg, name), RANGES.get(name, (False, True))
         if like is not dataclasses.MISSING and not _fits(value, like, low, high):
-            expected = {tuple: "1 to 8 integers from ", int: "an integer from ", float: "a number from ", bool: ""}[type(like)]
+            expected = {tuple: "1 to 8 integers from ", int: "an integer from ", float: "a number from ", bool: ""}[
+                type(like)
+            ]
             expected += f"{low} to {high}" if expected else "true or false"
             raise ValueError(f"{source} has {names.get(name, name)} {value!r}, but expected {expected}")
     for name, widths in _divided(cfg).items():

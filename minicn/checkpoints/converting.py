@@ -4,16 +4,18 @@ Source of the transfer: the arithmetic of the official tool_transfer_control, co
 """
 
 import collections
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from minicn.checkpoints import files, hub, loading, weights
+from minicn.checkpoints import configs, files, hub, loading, weights
 from minicn.checkpoints.models import MODELS, load_model, save_model
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer
+from minicn.unet import UNet
 
 KINDS = ("model", "controlnet", "unet", "vae")
 
@@ -45,21 +47,19 @@ def describe(source: str | Path) -> Iterator[str]:
 def _row(name: str, found: weights.Contents, keys: weights.Keys) -> str:
     count, size, kinds = 0, 0, set()
     for key in keys.values():
-        numbers = torch.Size(found.file.shapes[key]).numel()
-        count += numbers
-        size += numbers * getattr(torch, found.file.dtypes[key]).itemsize
+        count += math.prod(found.file.shapes[key])
+        size += found.file.nbytes(key)
         kinds.add(found.file.dtypes[key])
     return f"{name}: {len(keys)} tensors, {count:,} parameters, {' and '.join(sorted(kinds))}, {size / 1e6:,.1f} MB"
 
 
 def compare(source: str | Path, other: str | Path) -> Iterator[str]:
     """Yield lines that say in which tensors the U-Net of a source differs from that of a model."""
-    [mine, theirs] = [_unet(hub.resolve(s)) for s in (source, other)]
-    unet = load_model("unet", theirs)
-    different = weights.differences(mine, "unet", unet)
+    mine = _unet(hub.resolve(source))
+    different = weights.differences(mine, "unet", _base(other))
     yield f"{len(different)} of {len(mine.parts['unet'])} tensors of the U-Net differ from {other}" + ":" * bool(different)
-    for name, much in different:
-        yield f"  {name}: ||a - b|| / ||b|| = {much:.3g}"
+    for name, _, words in different:
+        yield f"  {name}: {words}"
 
 
 def _unet(path: Path) -> weights.Contents:
@@ -67,6 +67,11 @@ def _unet(path: Path) -> weights.Contents:
         if "unet" in found.parts:
             return found
     raise ValueError(f"{path} holds no U-Net to compare: name a model")
+
+
+def _base(source: str) -> UNet:
+    path = hub.resolve(source)
+    return _load(path, _unet(path), "unet", torch.float32, None, False)
 
 
 def check_destination(path: Path, layout: str) -> None:
@@ -101,15 +106,19 @@ def convert(
     See `minicn convert --help` for the rest. Raises ValueError, naming the file, for what it does not hold.
     """
     path = hub.resolve(source, variant)
+    if path.is_dir():
+        configs.check_scheduler(path)
     held = {kind: contents for contents in open_contents(path, variant) for kind in contents.parts}
     if part is None:
         whole = all(kind in held for kind in MODELS)
-        part = "controlnet" if "controlnet" in held else "model" if whole else next(iter(held))
+        part = "controlnet" if "controlnet" in held else "model" if whole or len(held) > 1 else next(iter(held))
+    if part not in KINDS:
+        raise ValueError(f"{path} holds a text encoder alone, which is converted only as part of a whole model")
     wanted = tuple(MODELS) if part == "model" else (part,)
     absent = [weights.DISPLAY_NAMES[kind] for kind in wanted if kind not in held]
     if absent:
         there = ", ".join(weights.DISPLAY_NAMES[kind] for kind in held)
-        raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {there}")
+        raise ValueError(f"{path} holds no {' and no '.join(absent)}, only: {there} (--part names one to convert)")
     name = weights.DISPLAY_NAMES.get(part, "whole model")
     if transfer_to is not None and part != "controlnet":
         raise ValueError(f"--transfer-to moves a ControlNet, but what is converted from {path} is its {name}")
@@ -117,7 +126,7 @@ def convert(
         raise ValueError("--transfer-from has no effect without --transfer-to: give the new base, too")
     keep = {kind: dtype or precision(held[kind], kind) for kind in wanted}
     if part == "controlnet":
-        base = None if unet is None else load_model("unet", _unet(hub.resolve(unet)))
+        base = None if unet is None else _base(unet)
         net = ControlNet.load(path, unet=base, dtype=torch.float32 if transfer_to else keep[part], variant=variant)
         loading.check_finite(net)
         if transfer_to is not None:
@@ -155,9 +164,9 @@ def precision(found: weights.Contents, kind: str) -> torch.dtype:
     """Return the precision in which most weights of a model are stored."""
     counts = collections.Counter()
     for key in found.parts[kind].values():
-        counts[found.file.dtypes[key]] += torch.Size(found.file.shapes[key]).numel()
-    common = getattr(torch, counts.most_common(1)[0][0])
-    return common if common.is_floating_point else torch.float32
+        counts[found.file.dtypes[key]] += math.prod(found.file.shapes[key])
+    common = counts.most_common(1)[0][0]
+    return getattr(torch, common) if common in files.FLOATS else torch.float32
 
 
 @torch.no_grad()
@@ -169,8 +178,11 @@ def transfer(net: ControlNet, new: weights.Contents, old: weights.Contents) -> N
     for name, tensor in net.state_dict().items():
         if name.startswith(("zero_convs.", "middle_block_out.", "input_hint_block.")):
             continue
+        values = []
         for base in (new, old):
-            if name not in base.parts["unet"] or base.shapes("unet")[name] != tuple(tensor.shape):
+            key = base.parts["unet"].get(name)
+            if key is None:
                 raise ValueError(f"{base.file.path} has no {name} of shape {tuple(tensor.shape)}: the bases do not fit")
-        a, b = (base.file.get(base.parts["unet"][name]).view(tensor.shape).float() for base in (new, old))
-        tensor += a - b
+            values.append(base.file.weight(key, tensor.shape).float())
+            files.check_numbers(values[-1], f"{base.file.path}: {key}")
+        tensor += values[0] - values[1]

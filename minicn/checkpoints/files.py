@@ -42,6 +42,34 @@ class WeightFile:
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
 
+    def nbytes(self, key: str) -> int:
+        dtype = getattr(torch, self.dtypes[key], None)
+        return math.prod(self.shapes[key]) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
+
+    def weight(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor in the shape that a model has, which for a 1x1 convolution may be a linear layer's in the file.
+
+        Raises ValueError, naming file and tensor, for another shape, or for what is no number or of fewer than 8 bits.
+        """
+        there, shape = self.shapes[key], tuple(shape)
+        if there != shape and not (len(shape) == 4 and there == shape[:2] and shape[2:] == (1, 1)):
+            raise ValueError(f"{self.path}: {key} has shape {there}, but expected {shape}")
+        if self.dtypes[key] not in FLOATS:
+            raise ValueError(
+                f"{self.path}: {key} holds {self.dtypes[key]}, but weights are floating-point numbers of 8 to 64 bits"
+            )
+        return self.get(key).view(shape)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity. A sum only reads; `isfinite` of each would write a mask."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)))
+
+
+def check_numbers(tensor: Tensor, what: str) -> None:
+    if not finite(tensor):
+        raise ValueError(f"{what} holds NaN or infinite values: the file is damaged, fetch it again")
+
 
 def read(path: str | Path) -> State:
     """Return all tensors of a file. Raises what `open_weights` raises."""
@@ -49,6 +77,7 @@ def read(path: str | Path) -> State:
     return {key: file.get(key) for key in file.shapes}
 
 
+FLOATS = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"}
 SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -86,6 +115,8 @@ def open_weights(path: str | Path) -> WeightFile:
     if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return _open_pickle(path)
     if head[8:9] == b"{":
+        if int.from_bytes(head[:8], "little") > TEXT_BYTES:
+            raise ValueError(f"{path} is not a complete .safetensors file (a header of more than 16 MB): fetch it again")
         return _open_safetensors(path)
     raise ValueError(f"{path} is not a weights file: it begins with {head[:8]!r}; name a .safetensors, .ckpt, .pth or .bin")
 
@@ -97,8 +128,8 @@ def _open_safetensors(path: Path) -> WeightFile:
         for key in file.keys():  # noqa: SIM118
             view = file.get_slice(key)
             shapes[key] = tuple(view.get_shape())
-            dtypes[key] = SAFETENSORS_DTYPES[view.get_dtype()]
-    except (SafetensorError, OSError, KeyError) as error:
+            dtypes[key] = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a complete .safetensors file ({error}): fetch it again") from error
     metadata, maps = file.metadata(), {}
 
@@ -111,13 +142,14 @@ def _open_safetensors(path: Path) -> WeightFile:
         """
         copied = len(shapes[key]) == 4 and shapes[key][-1] > 1
         mapped, used = maps.get(copied, (None, math.inf))
-        size = math.prod(shapes[key]) * getattr(torch, dtypes[key]).itemsize
+        size = opened.nbytes(key)
         if used + size > 256e6:
             mapped, used = safe_open(path, framework="pt"), 0
         maps[copied] = mapped, used + size
         return mapped.get_tensor(key)
 
-    return WeightFile(path, get, shapes, dtypes, metadata)
+    opened = WeightFile(path, get, shapes, dtypes, metadata)
+    return opened
 
 
 def _open_pickle(path: Path) -> WeightFile:
@@ -136,8 +168,8 @@ def _open_shards(path: Path) -> WeightFile:
         raise ValueError(f"{path} is not an index of shards: it has no weight_map")
     shards = {}
     for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            raise ValueError(f"{path} names {name}, outside its folder: not opened")
+        if Path(name).name != name or name.endswith(".json"):
+            raise ValueError(f"{path} names {name}, outside its folder or another index: not opened")
         shards[name] = open_weights(path.parent / name)
     for key, name in names.items():
         if key not in shards[name]:
@@ -197,8 +229,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:
-    """Write a .safetensors file: one of this name is always whole."""
+    """Write a .safetensors file: one of this name is always whole. Raises ValueError for NaN and infinity."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not finite(tensor):
+            raise ValueError(f"{path} is not written: in {tensor.dtype}, {key} holds NaN or infinite values")
     with replacing(path) as new:
         new.touch()
         mode = new.stat().st_mode  # what the user's umask gives; safetensors makes its files private
@@ -272,4 +307,4 @@ def printable(text: object, longest: int = 600) -> str:
 
 def write_json(path: str | Path, config: dict) -> None:
     with replacing(path) as new:
-        new.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        new.write_text(json.dumps(config, indent=2, default=int) + "\n", "utf-8")  # numpy's integers are no JSON

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from minicn.checkpoints.files import WeightFile
+from minicn.checkpoints import files
 from minicn.checkpoints.weights import Keys
 
 # Methods that write numbers into a tensor. (Others that end in _ change its attributes, e.g. requires_grad_.)
@@ -37,7 +37,7 @@ CHECKED_AT_ONCE = 1e8  # bytes of a model up to which every number is checked wh
 
 
 def load_into(
-    model: torch.nn.Module, file: WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
+    model: torch.nn.Module, file: files.WeightFile, keys: Keys, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> None:
     """Load a file's tensors into a model built on "meta", without a copy where precision and device are the file's.
 
@@ -53,17 +53,7 @@ def load_into(
         )
     state = {}
     for name, like in own.items():
-        shape = file.shapes[keys[name]]
-        if shape != tuple(like.shape) and not (
-            like.ndim == 4 and shape == tuple(like.shape[:2]) and like.shape[2:] == (1, 1)
-        ):
-            raise ValueError(f"{file.path}: {keys[name]} has shape {shape}, but expected {tuple(like.shape)}")
-        tensor = file.get(keys[name])
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"{file.path}: {keys[name]} holds {file.dtypes[keys[name]]}, but weights are floating-point numbers"
-            )
-        state[name] = tensor.view(like.shape).to(device, dtype)
+        state[name] = file.weight(keys[name], like.shape).to(device, dtype)
     model.load_state_dict(state, assign=True)
     model.unchecked = (str(file.path), keys)
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) <= CHECKED_AT_ONCE:
@@ -76,6 +66,5 @@ def check_finite(model: torch.nn.Module) -> None:
     if path is None:
         return
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)):  # a sum only reads; isfinite of each would write a mask
-            raise ValueError(f"{path}: {keys[name]} holds NaN or infinite values: the file is damaged, fetch it again")
+        files.check_numbers(tensor, f"{path}: {keys[name]}")
     model.unchecked = None

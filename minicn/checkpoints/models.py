@@ -208,17 +208,17 @@ def _add_difference(found: weights.Contents, unet: UNet, net: ControlNet) -> tup
         copied = name.startswith(("time_embed.", "input_blocks.", "middle_block."))
         if copied:
             whole = base[name].detach().float().cpu()
-            state[name] = whole + state[name].float().view(whole.shape) if name in state else whole
+            state[name] = whole + found.file.weight(keys[name], whole.shape).float() if name in keys else whole
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.items()}
-    return files.WeightFile(found.file.path, state.__getitem__, shapes, dtypes), {name: name for name in state}
+    return files.WeightFile(found.file.path, state.__getitem__, shapes, dtypes), {**keys, **{name: name for name in state}}
 
 
 def _warn_of_another_unet(found: weights.Contents, unet: UNet) -> None:
     """Warn if the file's own U-Net, with which the ControlNet was trained, is a different one."""
     different = weights.differences(found, "unet", unet)
     if different:
-        name, most = different[0]
+        name, most, _ = different[0]
         warnings.warn(
             f"{found.file.path} holds a U-Net of its own: {len(different)} of {len(found.parts['unet'])} tensors differ "
             f"from this base (most, by {most:.2g}: {name}); to draw with it, load the file as the model",

@@ -7,6 +7,7 @@ our names to the file's. Nothing here imports a model class: a model gives its k
 
 import itertools
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minicn.checkpoints.files import WeightFile
+from minicn.checkpoints.files import WeightFile, parse_json
 
 State = dict[str, Tensor]
 Keys = dict[str, str]  # our name of a tensor: the file's
@@ -86,12 +87,13 @@ def _inside(blocks: dict[str, str], inner: dict[str, str]) -> dict[str, str]:
 TO_DIFFUSERS = {"unet": _unet_names(), "vae": _vae_names(), "text_encoder": {}}  # transformers' names are the published ones
 TO_DIFFUSERS["controlnet"] = TO_DIFFUSERS["unet"]
 FROM_DIFFUSERS = {kind: {new: old for old, new in names.items()} for kind, names in TO_DIFFUSERS.items()}
+DEEPEST = max(name.count(".") for names in FROM_DIFFUSERS.values() for pair in names.items() for name in pair) + 1
 
 
 def rename(key: str, names: dict[str, str]) -> str:
     """Replace the longest prefix of a key that is in a table; a key without one is kept."""
-    parts = key.split(".")
-    for n in range(len(parts), 0, -1):
+    parts = key.split(".", DEEPEST)
+    for n in range(min(len(parts), DEEPEST), 0, -1):
         new = names.get(".".join(parts[:n]))
         if new is not None:
             return ".".join([new, *parts[n:]])
@@ -133,6 +135,11 @@ SIGNATURE_KEYS = {  # keys that identify a model alone in its file; one is enoug
     "vae": ("encoder.conv_in.weight",),
     "text_encoder": ("text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
 }
+# What a model's file may hold beside it: loss and moving average, CLIP's other tower, the positions 0, 1, 2, ...
+UNUSED = re.compile(
+    r"(loss|model_ema|vision_model)\.|(text_model\.)?embeddings\.position_ids$"
+    r"|((text|visual)_projection(\.weight)?|logit_scale|difference)$"
+)
 DISPLAY_NAMES = {"unet": "U-Net", "vae": "autoencoder", "text_encoder": "text encoder", "controlnet": "ControlNet"}
 
 
@@ -163,16 +170,17 @@ def contents(file: WeightFile) -> Contents:
 
     Raises ValueError, naming what it is instead, for everything but Stable Diffusion 1.5 and its ControlNets.
     """
-    names = {}
+    names: Keys = {}
     for key in file.shapes:
-        names[re.sub(r"^((module|_orig_mod)\.)+", "", key)] = key
+        _put(names, re.sub(r"^((module|_orig_mod)\.)+", "", key), key, file.path)
     refuse_others({name: file.shapes[key] for name, key in names.items()}, file.path)
     parts: dict[str, Keys] = {}
     flat, other = {}, 0
     for name, key in names.items():
         kind = next((kind for kind, prefix in PREFIXES.items() if name.startswith(prefix)), None)
-        if kind is not None:
-            parts.setdefault(kind, {})[own_name(kind, name.removeprefix(PREFIXES[kind]))] = key
+        inner = name.removeprefix(PREFIXES[kind]) if kind else name
+        if kind is not None and not UNUSED.match(inner):
+            _put(parts.setdefault(kind, {}), own_name(kind, inner), key, file.path)
         elif name.startswith("model_ema.diffusion_model"):
             flat[name.removeprefix("model_ema.diffusion_model")] = key
         else:
@@ -188,12 +196,13 @@ def contents(file: WeightFile) -> Contents:
                 f"{file.path} holds no model that minicn knows (its first tensors: {', '.join(list(names)[:3])}); minicn "
                 "runs Stable Diffusion 1.5 and its ControlNets"
             )
-        ignored = {name for name in names if name.startswith(("loss.", "model_ema.")) or name == "difference"}
-        parts[kind] = {own_name(kind, name): key for name, key in names.items() if name not in ignored}
-        new = any(own != name for own, name in zip(parts[kind], (n for n in names if n not in ignored), strict=True))
-        layout, other = ("diffusers" if new or kind == "text_encoder" else "ldm, without a prefix"), len(ignored)
+        used = [name for name in names if not UNUSED.match(name)]
+        parts[kind], other = {}, len(names) - len(used)
+        for name in used:
+            _put(parts[kind], own_name(kind, name), names[name], file.path)
+        new = kind == "text_encoder" or any(name not in parts[kind] for name in used)
+        layout = "diffusers" if new else "ldm, without a prefix"
     for keys in parts.values():
-        keys.pop("text_model.embeddings.position_ids", None)  # a buffer that old files hold: 0, 1, 2, ...
         for key in keys.values():
             if not file.shapes[key] or 0 in file.shapes[key]:
                 raise ValueError(f"{file.path}: {key} has shape {file.shapes[key]}, which no weight has: fetch it again")
@@ -201,6 +210,13 @@ def contents(file: WeightFile) -> Contents:
     found = Contents(file, layout, parts, ema, "difference" in names, other)
     refuse_other_widths(found)
     return found
+
+
+def _put(part: Keys, own: str, key: str, path: Path) -> None:
+    """Add a tensor to a part. Raises ValueError if it is there already."""
+    if own in part:
+        raise ValueError(f"{path} holds {own} twice, as {part[own]} and as {key}: remove the one that is wrong")
+    part[own] = key
 
 
 def refuse_others(shapes: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -303,17 +319,17 @@ def fields_of(found: Contents, kind: str) -> dict:
 def written(found: Contents) -> dict[str, dict]:
     """Return what minicn wrote into a file's metadata; {} if it did not. Raises ValueError if that cannot be read."""
     try:
-        content = json.loads(found.file.metadata.get("minicn", "{}"))
-        if all(isinstance(value, dict) for value in content.values()):
+        content = parse_json(found.file.metadata.get("minicn", "{}"), found.file.path)
+        if isinstance(content, dict) and all(isinstance(value, dict) for value in content.values()):
             return content
-    except (ValueError, AttributeError, RecursionError):
+    except ValueError:
         pass
     raise ValueError(f"{found.file.path} has metadata of minicn that cannot be read: fetch or convert it again")
 
 
 def metadata(configs: dict[str, dict]) -> str:
     """Return what minicn writes into a file: the fields of each model's configuration, for `fields_of`."""
-    return json.dumps(configs)
+    return json.dumps(configs, default=int)  # numpy's integers are no JSON
 
 
 def hint_channels_of(found: Contents) -> tuple[int, ...]:
@@ -327,12 +343,24 @@ def hint_channels_of(found: Contents) -> tuple[int, ...]:
     return tuple(shapes[key][0] for key in keys)
 
 
-def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tuple[str, float]]:
-    """Return, largest first, the tensors in which a part of a file differs from a model, as ||a - b|| / ||b||."""
-    own, different = model.state_dict(), []
-    for name, key in found.parts[kind].items():
-        a, b = found.file.get(key).to(own[name].dtype).float(), own[name].float().cpu()  # as the model rounds it
-        a = a.view(b.shape)
+def differences(found: Contents, kind: str, model: torch.nn.Module) -> list[tuple[str, float, str]]:
+    """Return the tensors in which a part of a file differs from a model, as ||a - b|| / ||b||, largest first, and in words.
+
+    Those that cannot be compared come first, as infinite: held by one of the two alone, of another shape, not finite.
+    """
+    own, keys, different = model.state_dict(), found.parts[kind], []
+    for name in [*keys, *(name for name in own if name not in keys)]:
+        if name not in own or name not in keys:
+            different.append((name, math.inf, "is in the file alone" if name in keys else "is not in the file"))
+            continue
+        b = own[name].float().cpu()
+        try:
+            a = found.file.weight(keys[name], b.shape).to(own[name].dtype).float()  # as the model rounds it
+        except ValueError as error:
+            different.append((name, math.inf, str(error).removeprefix(f"{found.file.path}: ")))
+            continue
         if not torch.equal(a, b):
-            different.append((name, ((a - b).norm() / b.norm().clamp(min=1e-12)).item()))
-    return sorted(different, key=lambda pair: -pair[1])
+            much = ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+            words = f"||a - b|| / ||b|| = {much:.3g}" if math.isfinite(much) else "holds NaN or infinite values"
+            different.append((name, much if math.isfinite(much) else math.inf, words))
+    return sorted(different, key=lambda one: -one[1])

@@ -24,19 +24,19 @@ class Annotator(nn.Module):
         """
         with loading.Unfilled():
             network = cls()
-        state, expected = files.read(path), network.state_dict()
-        for key in expected:
-            if key.endswith("num_batches_tracked"):  # counts training steps: unused, and not in every file
-                state.setdefault(key, torch.tensor(0))
-        missing = [key for key in expected if key not in state]
-        unknown = [key for key in state if key not in expected]
-        other = [key for key in expected if key in state and state[key].shape != expected[key].shape]
+        file, expected = files.open_weights(path), network.state_dict()
+        numbers = {key: like for key, like in expected.items() if like.is_floating_point()}
+        missing = [key for key in numbers if key not in file]
+        unknown = [key for key in file.shapes if key not in expected]
+        other = [key for key in numbers if key in file and file.shapes[key] != tuple(expected[key].shape)]
         if missing or unknown or other:
             found = [f"{key} is missing" for key in missing] + [f"{key} is unexpected" for key in unknown]
-            found += [f"{key} is {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}" for key in other]
+            found += [f"{key} is {file.shapes[key]} instead of {tuple(expected[key].shape)}" for key in other]
             more = f", and {len(found) - 2} more differences" if len(found) > 2 else ""
             raise ValueError(f"{path} is not a file of {cls.__name__}: {', '.join(found[:2])}{more}; use {cls.published}")
-        network.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected}, assign=True)
+        state = {key: file.weight(key, like.shape).to(like.dtype) for key, like in numbers.items()}
+        # The rest counts training steps, for batch norms: unused, and not in every file.
+        network.load_state_dict({key: state.get(key, torch.tensor(0)) for key in expected}, assign=True)
         network.unchecked = (str(path), {key: key for key in expected})
         loading.check_finite(network)
         return network.requires_grad_(False).eval()

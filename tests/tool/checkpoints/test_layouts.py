@@ -734,7 +734,7 @@ def test_inspect_says_what_is_inside(sd, net, ldm, tmp_path):
     assert f"  U-Net: 686 tensors, {parameters:,} parameters, float32, {parameters * 4 / 1e6:,.1f} MB" in lines
     assert any(line.startswith("  ControlNet: 340 tensors") for line in lines)
     assert any(line.startswith("  U-Net, moving average: 686 tensors") for line in lines)
-    assert lines[-1] == "  3 other tensors, which minicn does not use"
+    assert lines[-1] == "  4 other tensors, which minicn does not use"
 
 
 def test_configurations_travel_with_a_whole_model(tmp_path):
