@@ -176,7 +176,7 @@ class Inert(pickle._Unpickler):
         values = self.stack.pop()
         if type(values) is Row:  # a list of a million, asked for a million times, would take for ever
             self.work += sum(len(value) for value in values if isinstance(value, list | dict | Row))
-        if self.work > PICKLE_BYTES:
+        if self.work > PICKLE_BYTES // 4:
             raise pickle.UnpicklingError("it asks for the same again and again")
         self.stack[-1] = call(self.stack[-1], values)
 
