@@ -735,6 +735,9 @@ BUGS = {
         ("tokens of any type pass", " or tokens.dtype != torch.int64:", ":", "test_tokens_that_do_not_fit_are_refused"),
     ],
     "minicn/tokenizer.py": [
+        ("a gz has no end", "file.read(GZ_BYTES + 1)", "file.read()", "test_a_gz_is_not_unpacked_without_end"),
+        ("ids are not checked", "type(i) is not int or i < 0", "False", "test_damaged_files_are_named"),
+        ("long words are kept", "if len(letters) < 100 else", "if letters else", "test_a_long_word_costs_its_length"),
         ("the table of letters leaves out ~", 'ord("~") + 1', 'ord("~")', "test_byte_letters_is_the_table_of_gpt2"),
         ("byte AD counts as printable", 'range(ord("®")', "range(0xAD", "test_byte_letters_is_the_table_of_gpt2"),
         (
@@ -1184,17 +1187,84 @@ BUGS = {
             "test_gradient_checkpointing_changes_nothing_but_memory",
         ),
     ],
+    "minicn/checkpoints/files.py": [
+        ("text has no size", "raw = file.read(TEXT_BYTES + 1)", "raw = file.read()", "test_text_has_a_size"),
+        ("JSON has no depth", "while parts and depth < DEPTH:", "while parts:", "test_json_is_read_to_a_depth"),
+        (
+            "control characters are printed",
+            "c if c.isprintable() else",
+            "c if c else",
+            "test_text_of_files_is_shown_as_text",
+        ),
+        (
+            "an index of shards may name an index",
+            ' or name.endswith(".json"):',
+            ":",
+            "test_an_index_of_shards_names_no_index",
+        ),
+        ("NaN is written", "and not finite(tensor):", "and False:", "test_nan_and_infinity_are_not_written"),
+        (
+            "bits are taken for numbers",
+            "if self.dtypes[key] not in FLOATS:",
+            "if self.dtypes[key] in SAFETENSORS_DTYPES:",
+            "test_what_cannot_be_compared_is_named[4 bits]",
+        ),
+    ],
+    "minicn/checkpoints/pickles.py": [
+        ("tuples are keys", "    __hash__ = None", "    hashed = None", "test_the_old_container_is_no_more_trusted"),
+        (
+            "storages are as large as they say",
+            "if self.claimed > self.size:",
+            "if self.claimed < 0:",
+            "test_tensors_have_no_more_bytes_than_their_file[a storage of 4 TB]",
+        ),
+        (
+            "a number may stand for a million",
+            "if claimed > 2 * size:",
+            "if claimed < 0:",
+            "test_tensors_have_no_more_bytes_than_their_file[one number 10**13 times]",
+        ),
+        ("work without end", "if self.work > PICKLE_BYTES // 4:", "if self.work < 0:", "test_a_pickle_costs_its_size"),
+        ("a tar is unpacked", "    def fileno(self)", "    def number(self)", "test_a_tar_is_not_unpacked"),
+        ("arrays are reserved", "load_long4 = load_bytearray8 = load", "load_long4 = load", "test_a_pickle_costs_its_size"),
+        (
+            "records may overlap",
+            "if sum(record.file_size for record in records) > size:",
+            "if sum(record.file_size for record in records) < 0:",
+            "test_records_of_a_zip_that_overlap_are_refused",
+        ),
+    ],
+    "minicn/checkpoints/configs.py": [
+        ("no range", "and low <= value <= high", "and True", "test_numbers_out_of_range_and_of_other_types_are_named"),
+        (
+            "true is a number",
+            "else (type(like),))",
+            "else (type(like), bool))",
+            "test_numbers_out_of_range_and_of_other_types_are_named",
+        ),
+        ("groups need not divide", "if any(width % ", "if any(0 % ", "test_what_does_not_divide_is_named"),
+        (
+            "betas may be missing",
+            "if config.get(name) is None:  #",
+            "if False:  #",
+            "test_a_setting_is_honoured_or_refused_by_name",
+        ),
+    ],
+    "minicn/checkpoints/weights.py": [
+        ("the last of two wins", "if own in part:", "if own is None:", "test_a_tensor_that_is_held_twice_is_named"),
+        ("CLIP's scale is a weight", "|logit_scale|difference)", "|difference)", "test_what_nobody_needs_is_left_aside"),
+    ],
     "minicn/checkpoints/models.py": [
         (
             "the difference is not added to the U-Net",
-            "whole + state[name].float().view(whole.shape)",
-            "state[name].float().view(whole.shape)",
+            "whole + found.file.weight(",
+            "found.file.weight(",
             "test_difference_files_are_added_to_the_unet",
         ),
         (
             "what a difference file leaves out becomes zero",
-            "if name in state else whole",
-            "if name in state else 0 * whole",
+            "if name in keys else whole",
+            "if name in keys else 0 * whole",
             "test_difference_files_are_added_to_the_unet",
         ),
         (
