@@ -1,38 +1,56 @@
-"""The command line: `minicn generate`, `condition`, `convert`, ...; the same as `python -m minicn`."""
+"""The command line: `minicn generate`, `condition`, `convert`, ...; the same as `python -m minicn`.
+
+A command is imported when it is called: PyTorch takes a second, which `minicn --help` need not wait for.
+"""
 
 import argparse
+import importlib
 import sys
 
 import minicn
-from minicn.commands import check_device, cli, condition, convert, data, generate, scene, train
+from minicn.commands import options
 
-COMMANDS = {
-    "generate": generate.generate,
-    "condition": condition.condition,
-    "convert": convert.convert,
-    "inspect": convert.inspect,
-    "train": train.train,
-    "check-data": data.check_data,
-    "make-data": data.make_data,
-    "scene": scene.scene,
-    "check-device": check_device.check_device,
+COMMANDS = {  # its module in minicn.commands, and what it does
+    "generate": ("generate", "draw a picture from a prompt and a hint"),
+    "condition": ("condition", "make a hint from a picture, a drawing, key points, labels, normals or depth"),
+    "train": ("train", "train a ControlNet on a data folder"),
+    "check-data": ("data", "look at every pair of a data folder before training"),
+    "make-data": ("data", "make a data folder of circles, or of the toy world"),
+    "scene": ("scene", "write a scene of the toy world: picture, caption, depth, normals, labels, key points, all hints"),
+    "inspect": ("convert", "say what a file or folder of weights holds"),
+    "convert": ("convert", "write a model in another layout"),
+    "check-device": ("check_device", "see whether a graphics card computes what the CPU does"),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.parser(prog="minicn", description="ControlNet on Stable Diffusion 1.5, from scratch")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = options.parser(prog="minicn", description="ControlNet on Stable Diffusion 1.5, from scratch")
     parser.add_argument("--version", action="version", version=f"minicn {minicn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, condition, convert, train, data, scene, check_device):
-        module.add_to(commands)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=options.Formatter)
+        if name in argv[:1]:
+            _function(name, "_options")(command)
     return parser.parse_args(argv)
 
 
+def _function(command: str, ending: str = ""):
+    """Return a command's function from its module, or the one that adds its options to a parser."""
+    module = importlib.import_module(f"minicn.commands.{COMMANDS[command][0]}")
+    return getattr(module, command.replace("-", "_") + ending)
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    try:
+        args = parse_args(argv)
+        from minicn.commands import cli
+    except KeyboardInterrupt:  # while PyTorch is imported
+        print("stopped", file=sys.stderr)
+        return 130
     cli.keep_freed_memory()
     with cli.polite_errors(args.output if args.command == "train" else None):
-        COMMANDS[args.command](args)
+        _function(args.command)(args)
     return 0
 
 

@@ -50,9 +50,7 @@ UNITS = {
 }
 
 
-def add_to(commands) -> None:
-    text = "see whether a graphics card computes what the CPU does"
-    command = commands.add_parser("check-device", help=text, formatter_class=cli.Formatter)
+def check_device_options(command: argparse.ArgumentParser) -> None:
     text = "compare a device with the CPU on the toy, and take times; prints a Markdown table to paste into an issue"
     command.description = f"{text}. A minute; exit status 1 if a comparison fails, 2 if the device is not available."
     cli.add_device(command.add_argument)

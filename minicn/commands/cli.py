@@ -1,10 +1,8 @@
-"""What the commands share: help with defaults, values with ranges, options of many, devices, errors in one line."""
+"""What the commands share: devices, options of many, output folders, errors in one line."""
 
-import argparse
 import contextlib
 import ctypes
 import logging
-import math
 import os
 import sys
 import warnings
@@ -15,62 +13,11 @@ import torch
 
 from minicn import threads
 from minicn.checkpoints import files
+from minicn.commands.options import Formatter, Parser, number, parser, whole  # noqa: F401
 from minicn.conditions import images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage, which --help shows."""
-
-    def error(self, message: str):
-        self.exit(2, f"error: {files.printable(message)} ({self.prog} --help lists all options)\n")
-
-
-def parser(**settings) -> argparse.ArgumentParser:
-    """Return an argument parser whose help shows every default."""
-    return Parser(formatter_class=Formatter, **settings)
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default behind each option, unless the help states it already, or there is none."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or "(default" in (action.help or ""):
-            return action.help or ""
-        return super()._get_help_string(action) or ""
-
-
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """Return a converter of arguments to integers of a range."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            limits = f"from {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
-        return value
-
-    return convert
-
-
-def number(low: float, high: float) -> Callable[[str], float]:
-    """Return a converter of arguments to finite numbers of a range."""
-
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low:g} to {high:g}, got {text!r}")
-        return value
-
-    return convert
 
 
 def device(name: str) -> torch.device:

@@ -18,14 +18,9 @@ class Lines(cli.Formatter):
         return text
 
 
-def add_to(commands) -> None:
-    command = commands.add_parser(
-        "condition",
-        help="make a hint from a picture, a drawing, key points, labels, normals or depth",
-        description="Make the hint of a condition. Each takes:\n"
-        + "\n".join(f"  {name:10}  {takes}" for name, takes in making.TAKES.items()),
-        formatter_class=Lines,
-    )
+def condition_options(command: argparse.ArgumentParser) -> None:
+    takes = "\n".join(f"  {name:10}  {text}" for name, text in making.TAKES.items())
+    command.description, command.formatter_class = f"Make the hint of a condition. Each takes:\n{takes}", Lines
     add, side = command.add_argument, cli.whole(64, 8192)
     add("name", choices=conditions.NAMES, metavar="NAME", help=f"the condition: {', '.join(conditions.NAMES)}")
     add("image", type=Path, metavar="INPUT", help="file to read: any picture that Pillow reads, .json or .npy, see above")

@@ -7,9 +7,7 @@ from minicn.checkpoints import converting, files
 from minicn.commands import cli
 
 
-def add_to(commands) -> None:
-    style = {"formatter_class": cli.Formatter}
-    command = commands.add_parser("convert", help="write a model in another layout", **style)
+def convert_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("source", help="model, ControlNet, U-Net or autoencoder: folder, file or repository")
     add("destination", type=Path, help="file (ldm) or folder (diffusers) to write")
@@ -22,7 +20,8 @@ def add_to(commands) -> None:
     cli.add_tokenizer(add)
     cli.add_weights(add)
 
-    command = commands.add_parser("inspect", help="say what a file or folder of weights holds", **style)
+
+def inspect_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", help="folder, file or repository")
     command.add_argument("--compare-to", help="model with which to compare the U-Net, tensor by tensor")
 

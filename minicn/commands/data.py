@@ -11,14 +11,12 @@ from minicn.commands import cli
 from minicn.trainer import data
 
 
-def add_to(commands) -> None:
-    text = "look at every pair of a data folder before training"
-    command = commands.add_parser("check-data", help=text, formatter_class=cli.Formatter)
+def check_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="with prompt.json (Fill50K's format) or metadata.jsonl (Hugging Face's)")
     command.add_argument("--sheet", type=Path, help="contact sheet to write (default: FOLDER/sheet.png)")
 
-    text = "make a data folder of circles, or of the toy world"
-    command = commands.add_parser("make-data", help=text, formatter_class=cli.Formatter)
+
+def make_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="to write, in Fill50K's format")
     command.add_argument("--count", type=cli.whole(1), default=1000, help="pairs, 1 and up")
     choices = ("circles", *conditions.NAMES)

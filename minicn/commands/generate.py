@@ -21,9 +21,8 @@ SETTINGS = "negative_prompt num_steps guidance_scale control_start control_end d
 SCALE, SHARE = cli.number(0, 100), cli.number(0, 1)
 
 
-def add_to(commands) -> None:
-    text = "draw a picture from a prompt and a hint"
-    add = commands.add_parser("generate", help=text, formatter_class=cli.Formatter).add_argument
+def generate_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--model", default="toy", help=cli.MODEL)
     add_control(add)
     add_prompt(add)

@@ -12,10 +12,8 @@ from minicn.checkpoints import files
 from minicn.commands import cli
 
 
-def add_to(commands) -> None:
-    text = "write a scene of the toy world: picture, caption, depth, normals, labels, key points and all hints"
-    command = commands.add_parser("scene", help=text, formatter_class=cli.Formatter)
-    command.description = f"{text}. `minicn condition` makes the same hints from these files."
+def scene_options(command: argparse.ArgumentParser) -> None:
+    command.description = f"{command.description}. `minicn condition` makes the same hints from these files."
     command.add_argument("number", type=cli.whole(0, 2**53), help="of the scene, 0 and up")
     command.add_argument(
         "--split", choices=("train", "test"), default="test", help="test: no model here has learned from it"

@@ -11,8 +11,7 @@ from minicn.trainer import data, distributed, examples, loop, recording, resumin
 from minicn.training import Recipe
 
 
-def add_to(commands) -> None:
-    command = commands.add_parser("train", help="train a ControlNet on a data folder", formatter_class=cli.Formatter)
+def train_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, help=cli.MODEL)
     add("--data", type=Path, required=True, help="folder with prompt.json (Fill50K) or metadata.jsonl (Hugging Face)")

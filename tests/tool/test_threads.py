@@ -110,7 +110,12 @@ def test_spinning_is_bounded_unless_the_user_says_how_to_wait(monkeypatch, envir
     assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
-@pytest.mark.parametrize("line", ["import minicn", "import train_toy", "import minicn.__main__"])
+@pytest.mark.parametrize("line", [
+        "from minicn import UNet",
+        "import train_toy",
+        "from minicn.__main__ import main; main(['generate', '--help'])",
+    ],
+)
 def test_the_bound_is_set_before_torch_is_loaded(line):
     """OpenMP reads the variable once: when torch is loaded."""
     code = (
