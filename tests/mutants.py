@@ -735,7 +735,7 @@ BUGS = {
         ("tokens of any type pass", " or tokens.dtype != torch.int64:", ":", "test_tokens_that_do_not_fit_are_refused"),
     ],
     "minicn/tokenizer.py": [
-        ("a gz has no end", "file.read(GZ_BYTES + 1)", "file.read()", "test_a_gz_is_not_unpacked_without_end"),
+        ("a gz has no end", "or len(text) > GZ_BYTES:", "or not text:", "test_a_gz_is_not_unpacked_without_end"),
         ("ids are not checked", "type(i) is not int or i < 0", "False", "test_damaged_files_are_named"),
         ("long words are kept", "if len(letters) < 100 else", "if letters else", "test_a_long_word_costs_its_length"),
         ("the table of letters leaves out ~", 'ord("~") + 1', 'ord("~")', "test_byte_letters_is_the_table_of_gpt2"),
@@ -755,7 +755,7 @@ BUGS = {
         (
             "the first known pair is merged, not the earliest learned",
             "rank, merged = heapq.heappop(ranks), []",
-            "rank, merged = ranks.pop(0), []",
+            "rank, merged = ranks.pop(), []",
             "test_rank_decides_and_not_the_place_in_the_word",
         ),
         (
@@ -1188,7 +1188,7 @@ BUGS = {
         ),
     ],
     "minicn/checkpoints/files.py": [
-        ("text has no size", "raw = file.read(TEXT_BYTES + 1)", "raw = file.read()", "test_text_has_a_size"),
+        ("text has no size", "raw = file.read(most + 1)", "raw = file.read()", "test_text_has_a_size"),
         ("JSON has no depth", "while parts and depth < DEPTH:", "while parts:", "test_json_is_read_to_a_depth"),
         (
             "control characters are printed",
@@ -1211,7 +1211,7 @@ BUGS = {
         ),
     ],
     "minicn/checkpoints/pickles.py": [
-        ("tuples are keys", "    __hash__ = None", "    hashed = None", "test_the_old_container_is_no_more_trusted"),
+        ("tuples are keys", "    __hash__ = None", "    hashed = None", "test_tuples_are_no_keys"),
         (
             "storages are as large as they say",
             "if self.claimed > self.size:",

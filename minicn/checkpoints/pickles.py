@@ -18,26 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ZIP = b"PK\x03\x04"
 PICKLE_BYTES = 2**22  # of a pickle apart from its tensors, at most; a whole Stable Diffusion's has 0.3 MB
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a dictionary, or of its "state_dict", and the container in words.
+def load(path: Path, mapped: bool = True) -> Any:
+    """Return what a file of PyTorch's holds, on the CPU: tensors, lists, numbers, dictionaries of names or integers.
 
-    Raises ValueError, naming the file, for one that is damaged, holds no tensors, or claims larger ones than it has bytes.
+    mapped  leave the tensors of a zip in the file until they are used
+    Raises ValueError, naming the file, for one that is damaged, or whose tensors claim more bytes than it has.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
+        zipped = file.read(4) == ZIP
     if zipped:
         check_zip(path, size)
-    # Tensors of a zip are read from disk when they are used; not where the extension would mislead PyTorch.
-    mapped = zipped and path.suffix != ".safetensors"
     module = types.SimpleNamespace(Unpickler=type("Unpickler", (Inert,), {"size": size}), __name__="inert")
     module.load = lambda file, **options: module.Unpickler(file, **options).load()
+    mapped = mapped and zipped and path.suffix != ".safetensors"  # by which PyTorch's reader goes
     with complete(path), Unnumbered(path) as file:
         source = str(path) if mapped else file
-        content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a dictionary, or of its "state_dict", and the container in words. Raises what `load` raises."""
+    content = load(path)
     for _ in range(8):  # a file may contain itself
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -45,13 +51,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     for key, value in content.items():
         if isinstance(value, Odd):
             raise ValueError(f"{path}: {key} is not a plain tensor ({value}): save it as one")
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
     if not tensors:
         raise ValueError(f"{path} holds no dictionary of tensors: name a weights file")
-    claimed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+    size, claimed = path.stat().st_size, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     if claimed > 2 * size:  # twice: two names may share a tensor
         raise ValueError(f"{path} has {size:,} bytes, but claims tensors of {claimed:,}: fetch it again")
-    return tensors, "PyTorch's zip" if zipped else "PyTorch's old container"
+    with open(path, "rb") as file:
+        return tensors, "PyTorch's zip" if file.read(4) == ZIP else "PyTorch's old container"
 
 
 @contextlib.contextmanager
@@ -224,8 +231,8 @@ class Inert(pickle._Unpickler):
             self.put(key, value)
 
     def put(self, key: object, value: object) -> None:
-        """Keep what has a name; nothing else that a dictionary of weights may hold is needed."""
-        if type(self.stack[-1]) is dict and type(key) is str:
+        """Keep what has a name or a number; nothing else that a dictionary may hold is needed."""
+        if type(self.stack[-1]) is dict and type(key) in (str, int):
             self.stack[-1][key] = value
 
     def load_append(self) -> None:

@@ -15,6 +15,7 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
+from minicn.checkpoints import pickles
 from minicn.pipeline import StableDiffusion
 
 LOCK = ".lock"
@@ -34,7 +35,7 @@ def read(path: Path, mmap: bool = False) -> dict:
     if not path.is_file():
         raise Damaged(f"{path} does not exist or is not an ordinary file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = pickles.load(path, mmap)
     except Exception as error:  # whatever a damaged file makes PyTorch's reader raise
         raise Damaged(f"{path} is damaged ({str(error)[:100] or type(error).__name__})") from error
     if not isinstance(state, dict):
