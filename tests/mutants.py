@@ -1188,7 +1188,7 @@ BUGS = {
         ),
     ],
     "minicn/checkpoints/files.py": [
-        ("text has no size", "raw = file.read(most + 1)", "raw = file.read()", "test_text_has_a_size"),
+        ("text has no size", "if len(raw) > most:", "if len(raw) < 0:", "test_text_has_a_size"),
         ("JSON has no depth", "while parts and depth < DEPTH:", "while parts:", "test_json_is_read_to_a_depth"),
         (
             "control characters are printed",
@@ -1226,7 +1226,6 @@ BUGS = {
         ),
         ("work without end", "if self.work > PICKLE_BYTES // 4:", "if self.work < 0:", "test_a_pickle_costs_its_size"),
         ("a tar is unpacked", "    def fileno(self)", "    def number(self)", "test_a_tar_is_not_unpacked"),
-        ("arrays are reserved", "load_long4 = load_bytearray8 = load", "load_long4 = load", "test_a_pickle_costs_its_size"),
         (
             "records may overlap",
             "if sum(record.file_size for record in records) > size:",

@@ -110,7 +110,9 @@ def test_spinning_is_bounded_unless_the_user_says_how_to_wait(monkeypatch, envir
     assert os.environ.get("GOMP_SPINCOUNT") == count
 
 
-@pytest.mark.parametrize("line", [
+@pytest.mark.parametrize(
+    "line",
+    [
         "from minicn import UNet",
         "import train_toy",
         "from minicn.__main__ import main; main(['generate', '--help'])",
