@@ -13,6 +13,7 @@ import functools
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import resource
@@ -327,7 +328,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), help="kinds (default: all)")
     parser.add_argument("--keep", type=Path, help="folder for the first file of each fault")
     args = parser.parse_args()
-    any_wrong = False
+    any_wrong, os.environ["TQDM_DISABLE"] = False, "1"  # bars of what reads
     for name in args.only:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             job, start = pool.apply_async(fuzz, (name, args.count, args.seed, args.keep)), time.perf_counter()
