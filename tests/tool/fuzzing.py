@@ -24,6 +24,8 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -330,12 +332,12 @@ def main() -> int:
     args = parser.parse_args()
     any_wrong, os.environ["TQDM_DISABLE"] = False, "1"  # bars of what reads
     for name in args.only:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            job, start = pool.apply_async(fuzz, (name, args.count, args.seed, args.keep)), time.perf_counter()
-            worker = pool._pool[0]
-            while not job.ready() and worker.is_alive():
-                job.wait(1)
-            wrong = job.get() if job.ready() else [f"{name}: the interpreter ended with status {worker.exitcode}"]
+        start = time.perf_counter()
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                wrong = pool.submit(fuzz, name, args.count, args.seed, args.keep).result()
+            except BrokenProcessPool:
+                wrong = [f"{name}: the interpreter crashed"]
         any_wrong |= bool(wrong)
         print(f"{name}: {args.count} files, {time.perf_counter() - start:.0f} s, {len(wrong)} wrong", flush=True)
         for line in wrong[:20]:
