@@ -281,7 +281,7 @@ def controlnet_config(cfg) -> dict:
     )
 
 
-def vae_config(cfg, sample_size: int) -> dict:
+def vae_config(cfg, sample_size: int = 512) -> dict:
     """Return diffusers' configuration of an autoencoder."""
     config = {theirs: getattr(cfg, ours) for ours, theirs in VAE_FIELDS.items()}
     return {

@@ -228,12 +228,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
         ) from error
 
 
+@contextlib.contextmanager
+def filling(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write files into, which a new or empty `folder` becomes when `with` ends without an error.
+
+    One that holds something already is given as it is. Raises OSError as `replacing` does.
+    """
+    folder = Path(folder)
+    if folder.is_symlink() or (folder.is_dir() and any(folder.iterdir())):
+        yield folder
+    else:
+        with replacing(folder) as new:
+            new.mkdir()
+            yield new
+
+
 def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file: one of this name is always whole. Raises ValueError for NaN and infinity."""
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     for key, tensor in state.items():
         if tensor.is_floating_point() and not finite(tensor):
-            raise ValueError(f"{path} is not written: in {tensor.dtype}, {key} holds NaN or infinite values")
+            raise ValueError(f"{Path(path).name} is not written: in {tensor.dtype}, {key} holds NaN or infinite values")
     with replacing(path) as new:
         new.touch()
         mode = new.stat().st_mode  # what the user's umask gives; safetensors makes its files private

@@ -259,13 +259,12 @@ def save_model(kind: str, model: nn.Module, path: str | Path, layout: str, dtype
     check_layout(layout)
     if layout == "ldm":
         save_file({kind: model}, path, dtype)
-    elif kind == "controlnet":
-        if model.cfg.paper_hint_encoder:
-            raise ValueError('diffusers does not have the paper\'s hint encoder: save with layout "ldm"')
-        save_folder(kind, model, path, configs.controlnet_config(model.cfg), dtype)
-    else:
-        config = configs.unet_config(model.cfg) if kind == "unet" else configs.vae_config(model.cfg, 512)
-        save_folder(kind, model, path, config, dtype)
+        return
+    if kind == "controlnet" and model.cfg.paper_hint_encoder:
+        raise ValueError('diffusers does not have the paper\'s hint encoder: save with layout "ldm"')
+    describe = {"controlnet": configs.controlnet_config, "unet": configs.unet_config, "vae": configs.vae_config}[kind]
+    with files.filling(path) as folder:
+        save_folder(kind, model, folder, describe(model.cfg), dtype)
 
 
 def save_stable_diffusion(sd, path: str | Path, dtype: torch.dtype | None = None, layout: str = "diffusers") -> None:
@@ -275,7 +274,7 @@ def save_stable_diffusion(sd, path: str | Path, dtype: torch.dtype | None = None
     Raises ValueError for another layout.
     """
     check_layout(layout)
-    parts, folder = {kind: getattr(sd, kind) for kind in MODELS}, Path(path)
+    parts = {kind: getattr(sd, kind) for kind in MODELS}
     if layout == "ldm":
         save_file(parts, path, dtype)
         return
@@ -285,11 +284,12 @@ def save_stable_diffusion(sd, path: str | Path, dtype: torch.dtype | None = None
         "vae": configs.vae_config(sd.vae.cfg, 8 * sample_size),
         "text_encoder": configs.text_config(sd.text_encoder.cfg, sd.tokenizer),
     }
-    for kind, model in parts.items():
-        save_folder(kind, model, folder / kind, config[kind], dtype)
-    sd.tokenizer.save(folder / "tokenizer")
-    files.write_json(folder / "scheduler" / "scheduler_config.json", configs.SCHEDULER_CONFIG)
-    files.write_json(folder / "model_index.json", configs.MODEL_INDEX)
+    with files.filling(path) as folder:
+        for kind, model in parts.items():
+            save_folder(kind, model, folder / kind, config[kind], dtype)
+        sd.tokenizer.save(folder / "tokenizer")
+        files.write_json(folder / "scheduler" / "scheduler_config.json", configs.SCHEDULER_CONFIG)
+        files.write_json(folder / "model_index.json", configs.MODEL_INDEX)
 
 
 def check_layout(layout: str) -> None:

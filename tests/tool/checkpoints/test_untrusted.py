@@ -539,6 +539,21 @@ def test_nan_and_infinity_are_not_written(tmp_path, number):
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_is_written_whole_or_not_at_all(toy, tmp_path, there):
+    """Here the autoencoder cannot be written, after the U-Net; an empty folder may be there."""
+    sd = StableDiffusion(toy.unet, copy.deepcopy(toy.vae), toy.text_encoder, toy.tokenizer)
+    with torch.no_grad():
+        sd.vae.quant_conv.bias.fill_(1e6)
+    if there:
+        (tmp_path / "m").mkdir()
+    with pytest.raises(ValueError, match=r"model\.safetensors is not written: in torch\.float16, quant_conv\.bias holds"):
+        sd.save(tmp_path / "m", dtype=torch.float16)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "m"] * there
+    sd.save(tmp_path / "m")
+    assert (tmp_path / "m" / "model_index.json").is_file()
+
+
 def test_an_annotators_file_of_other_numbers_is_named(tmp_path):
     """Quantised numbers, bits and whole numbers are no weights."""
     hed = {key: tensor.float() for key, tensor in networks.HED().state_dict().items()}
