@@ -165,7 +165,8 @@ class StableDiffusion:
         num_steps            1 to 1000
         guidance_scale       1 is off; the paper's value is 9
         conditioning_scale   factor on the 13 residuals, 0 and up; 1 is as trained; or one for each ControlNet
-        control_start, _end  fractions of the steps, 0 to 1, between which the ControlNet runs
+        control_start, _end  fractions of the steps that run, 0 to 1, between which the ControlNet does, too; with
+                             denoise 0.5 and 20 steps, 10 run
         guess_mode           control only the conditional half, the i-th residual scaled by 0.825^(12 - i), so that the
                              hint decides where the prompt says nothing; "diffusers": spaced as in diffusers
         image                picture to start from: its latents, noised as far as `denoise` says
@@ -195,8 +196,15 @@ class StableDiffusion:
             Control(net, h.to(self.device, self.dtype), scale, guess_mode, context, guided, noise)
             for net, h, scale in zip(nets, hints, scales, strict=True)
         ]
-        predict = Predictor(self.unet, context, guidance_scale, controls, (control_start, control_end), num_steps)
         start = Start(self, noise, image, mask, denoise, num_steps)
+        window = (control_start, control_end)
+        predict = Predictor(self.unet, context, guidance_scale, controls, window, num_steps, start.step)
+        if controls and not any(predict.controlled(i) for i in range(start.step, num_steps)):
+            warnings.warn(
+                f"none of the {num_steps - start.step} steps lies between control_start {control_start:g} and control_end "
+                f"{control_end:g}: the hint steers nothing",
+                stacklevel=3,  # the caller: between are torch's
+            )
         with predict.fast():
             x = ddim.sample(
                 predict, start.x, self.alphas_cumprod, num_steps, start.step, eta, generator, start.restore, progress
@@ -255,7 +263,8 @@ class Start:
 class Predictor:
     """The noise that U-Net and ControlNets predict together, guided: what a sampler asks for at every step.
 
-    running  fractions of the steps, from and to, between which the ControlNets run
+    running  fractions of the steps that run, from and to, between which the ControlNets do, too
+    begin    the first step that runs
     """
 
     def __init__(
@@ -266,9 +275,15 @@ class Predictor:
         controls: "list[Control]",
         running: tuple[float, float],
         num_steps: int,
+        begin: int = 0,
     ):
         self.unet, self.context, self.guidance_scale, self.controls = unet, context, guidance_scale, controls
-        self.running, self.num_steps = running, num_steps
+        self.running, self.num_steps, self.begin = running, num_steps, begin
+
+    def controlled(self, i: int) -> bool:
+        """Tell whether the ControlNets run in step i: whether all of it lies within their fractions, as in diffusers."""
+        count = self.num_steps - self.begin
+        return self.running[0] <= (i - self.begin) / count and (i - self.begin + 1) / count <= self.running[1]
 
     def __call__(self, x: Tensor, t: int, i: int) -> Tensor:
         """Return the predicted noise (B, 4, h, w) float32 at timestep t, in step i."""
@@ -276,8 +291,7 @@ class Predictor:
         batch = torch.cat([x, x]) if guided else x
         batch = batch.to(self.context.dtype, memory_format=fast.layout(x.device))
         timesteps = torch.full((len(batch),), t, device=x.device)
-        running = self.running[0] <= i / self.num_steps and (i + 1) / self.num_steps <= self.running[1]
-        residuals = [control.residuals(batch, timesteps) for control in self.controls if running]
+        residuals = [control.residuals(batch, timesteps) for control in self.controls if self.controlled(i)]
         control = sum_residuals(residuals) if residuals else None
         eps = self.unet(batch, timesteps, self.context, control).float()
         if guided:

@@ -960,9 +960,15 @@ BUGS = {
         ),
         (
             "control runs a step too long",
-            "(i + 1) / self.num_steps <= self.running[1]",
-            "i / self.num_steps <= self.running[1]",
+            "(i - self.begin + 1) / count <= self.running[1]",
+            "(i - self.begin) / count <= self.running[1]",
             "test_control_runs_only_in_its_window",
+        ),
+        (
+            "the window is one of all steps, not of those that run",
+            "count = self.num_steps - self.begin",
+            "count = self.num_steps",
+            "test_the_window_is_one_of_the_steps_that_run",
         ),
         (
             "guidance 1 is computed all the same",
@@ -978,8 +984,8 @@ BUGS = {
         ),
         (
             "the second ControlNet is dropped",
-            "for control in self.controls if running]",
-            "for control in self.controls[:1] if running]",
+            "for control in self.controls if self.controlled(i)]",
+            "for control in self.controls[:1] if self.controlled(i)]",
             "test_two_controlnets_add_their_residuals",
         ),
         (

@@ -42,8 +42,8 @@ def add_control(add: Callable) -> None:
     add("--controlnet", action="append", help='folder, file, repository, or "toy-canny"; may be given several times')
     add("--hint", type=Path, action="append", help="picture that steers, as large as the picture to draw; one a ControlNet")
     add("--conditioning-scale", type=SCALE, action="append", help="weight of a hint, 0 to 100 (default: 1, as trained)")
-    add("--control-start", type=SHARE, default=0.0, help="fraction of the steps at which control begins, 0 to 1")
-    add("--control-end", type=SHARE, default=1.0, help="fraction of the steps at which control ends, 0 to 1")
+    add("--control-start", type=SHARE, default=0.0, help="fraction of the steps that run at which control begins, 0 to 1")
+    add("--control-end", type=SHARE, default=1.0, help="fraction of the steps that run at which control ends, 0 to 1")
     add(
         "--guess-mode",
         nargs="?",

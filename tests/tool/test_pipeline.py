@@ -100,13 +100,33 @@ def test_scale_zero_is_no_control_and_another_scale_another_picture(sd, trained,
     assert not np.array_equal(plain, on)
 
 
-@pytest.mark.parametrize(("start", "end", "runs"), [(0, 1, 10), (0, 0.5, 5), (0.5, 1, 5), (0.2, 0.6, 4), (0, 0, 0)])
+@pytest.mark.parametrize(("start", "end", "runs"), [(0, 1, 10), (0, 0.5, 5), (0.5, 1, 5), (0.2, 0.6, 4)])
 def test_control_runs_only_in_its_window(sd, trained, hint, monkeypatch, start, end, runs):
     """Outside control_start to control_end the ControlNet is not even run (the paper's 50% experiment)."""
     seen, residuals = [], trained.residuals
     monkeypatch.setattr(trained, "residuals", lambda *args: seen.append(args) or residuals(*args))
     sd.generate(PROMPT, hint=hint, controlnet=trained, control_start=start, control_end=end, num_steps=10)
     assert len(seen) == runs
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "denoise", "runs"),
+    [(0, 0.5, 0.5, 2), (0.4, 1, 0.5, 3), (0, 0.2, 0.5, 1), (0.5, 1, 0.2, 1), (0, 1, 0.3, 3)],
+)
+def test_the_window_is_one_of_the_steps_that_run(sd, trained, hint, monkeypatch, start, end, denoise, runs):
+    """From an image, with 10 steps and denoise 0.5, five run; control_end 0.5 lets the first two be controlled, as in diffusers."""
+    seen, residuals = [], trained.residuals
+    monkeypatch.setattr(trained, "residuals", lambda *args: seen.append(args) or residuals(*args))
+    image = Image.new("RGB", (32, 32))
+    window = {"control_start": start, "control_end": end, "image": image, "denoise": denoise}
+    sd.generate(PROMPT, hint=hint, controlnet=trained, num_steps=10, guidance_scale=1, **window)
+    assert len(seen) == runs
+
+
+@pytest.mark.parametrize("window", [{"control_end": 0.3}, {"control_start": 0.4, "control_end": 0.6}, {"control_start": 1}])
+def test_a_window_without_a_step_is_said(sd, trained, hint, window):
+    with pytest.warns(UserWarning, match="none of the 3 steps lies between control_start .*: the hint steers nothing"):
+        sd.generate(PROMPT, hint=hint, controlnet=trained, num_steps=3, guidance_scale=1, **window)
 
 
 def test_guidance_one_runs_the_model_once_a_step(sd, monkeypatch):
