@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = "steps batch_size lr seed drop_prompt connect unlock unlock_lr"
     depends = {"batch_size": "4, with --base 32", "lr": "3e-4, with --base 1e-3"}
     runs.add_recipe(add, names, steps=10000, unlock_lr=1e-4, **depends)
-    add("--scenes", type=count, default=4096, help="training scenes; never more than steps x batch size")
+    add("--scenes", type=cli.whole(1, 10**6), default=4096, help="training scenes, of which steps x batch size are drawn")
     pictures = "held-out scenes that are drawn and scored during training; 0: none"
     runs.add_run(add, pictures=16, pictures_help=pictures, guidance_scale=3.0)
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
@@ -120,7 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     cli.keep_freed_memory()
-    with cli.polite_errors(args.output):
+    with cli.polite_errors(args, run=True):
         alone = distributed.init_distributed()[1] == 1
         device = runs.begin(args)
         torch.manual_seed(args.seed)

@@ -23,9 +23,9 @@ import torch
 
 from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig, ddim
 from minicn.checkpoints.hub import TOY_BASE
+from minicn.commands import cli
 from minicn.pipeline import Control, Predictor
 from minicn.tokenizer import Tokenizer
-from minicn.trainer import memory
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -177,7 +177,7 @@ def measure_one(args) -> None:
     if args.one == "diffusers":
         import diffusers  # noqa: F401  (the time of importing is not that of loading)
         from diffusers import StableDiffusionControlNetPipeline  # noqa: F401
-    before = memory.kilobytes(memory.STATUS, "VmHWM")
+    before = cli.kilobytes(cli.STATUS, "VmHWM")
     start = time.perf_counter()
     if args.one == "minicn":
         sd, net = ours(args, dtype)
@@ -192,7 +192,7 @@ def measure_one(args) -> None:
             sd.generate(PROMPT, hint=hint, controlnet=net, num_steps=args.steps)
         else:
             pipe(PROMPT, image=hint, num_inference_steps=args.steps, guidance_scale=9.0)
-    peak = memory.kilobytes(memory.STATUS, "VmHWM")  # not getrusage's, which a process has from its parent
+    peak = cli.kilobytes(cli.STATUS, "VmHWM")  # not getrusage's, which a process has from its parent
     size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     print(json.dumps({"seconds": seconds, "peak": (peak - before) / size, "gb": peak / 1e9}))
 

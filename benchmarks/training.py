@@ -28,7 +28,6 @@ from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig, ddim, fast, t
 from minicn.checkpoints import files
 from minicn.commands import cli
 from minicn.trainer import loop, memory
-from minicn.trainer.memory import STATUS
 
 NARROW = UNetConfig(model_channels=32, context_dim=64)
 ROWS = {  # of the table: what is timed, and the row that it is compared with
@@ -208,7 +207,7 @@ def allocated(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     with contextlib.suppress(AttributeError, OSError):  # not with every C library
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, which does the counting
-    return memory.kilobytes(STATUS, "VmRSS")
+    return cli.kilobytes(cli.STATUS, "VmRSS")
 
 
 class Peak:
@@ -226,7 +225,9 @@ class Peak:
 
     def __exit__(self, *error) -> None:
         self.bytes = (
-            torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else memory.kilobytes(STATUS, "VmHWM")
+            torch.cuda.max_memory_allocated(self.device)
+            if self.device.type == "cuda"
+            else cli.kilobytes(cli.STATUS, "VmHWM")
         )
 
 

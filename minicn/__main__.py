@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped", file=sys.stderr)
         return 130
     cli.keep_freed_memory()
-    with cli.polite_errors(args.output if args.command == "train" else None):
+    with cli.polite_errors(args, run=args.command == "train"):
         _function(args.command)(args)
     return 0
 

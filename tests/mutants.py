@@ -1424,7 +1424,7 @@ BUGS = {
     "train_toy.py": [
         (
             "errors are tracebacks",
-            "with cli.polite_errors(args.output):",
+            "with cli.polite_errors(args, run=True):",
             "if True:",
             "test_an_output_folder_that_cannot_be_written_is_said_before_the_work",
         ),

@@ -1,9 +1,12 @@
 """What the commands share: devices, options of many, output folders, errors in one line."""
 
+import argparse
 import contextlib
 import ctypes
+import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +21,13 @@ from minicn.conditions import images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODEL = 'a diffusers folder, an ldm checkpoint, a Hugging Face repository (owner/name), or "toy", the small model that ships'
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # versions 2 and 1
+MEMORY_ENDS = re.compile(  # in PyTorch's words for each device and library, and numpy's
+    "(allocate|out of|enough) memory|calculation overflowed|multiplication overflow|unpacking long|bad_alloc|"
+    "nvalid buffer size|could not (create|execute) a (primitive|memory)|array is too big|aximum allowed dimension"
+)
+SIZES = "batch_size resolution num_images height width count scenes pictures".split()
 
 
 def device(name: str) -> torch.device:
@@ -100,26 +110,76 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"output {folder} cannot be written: no permission in {existing}; name another --output")
 
 
+def kilobytes(path: Path, name: str) -> int:
+    """Return an entry of one of Linux's /proc tables, in bytes."""
+    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that are free; None where neither device nor system reports them."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or not MEMINFO.is_file():
+        return None
+    limits = [kilobytes(MEMINFO, "MemAvailable")]
+    for path in CONTAINER:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def check_memory(device: torch.device, need: int, what: str) -> None:
+    """Raise ValueError, before the work, if it needs more bytes than are free: where memory ends, a system may just kill.
+
+    need  a lower bound
+    """
+    free = free_memory(device)
+    if free is not None and need > free + (kilobytes(MEMINFO, "SwapFree") if device.type == "cpu" else 0):
+        raise ValueError(
+            f"{what} needs at least {need / 1e9:,.1f} GB of memory, but {free / 1e9:,.1f} GB are free: take less"
+        )
+
+
+def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
+    """Return what asked for how much memory, and what to make smaller; None for an error of another kind."""
+    if not (isinstance(error, (MemoryError, OverflowError)) or MEMORY_ENDS.search(str(error))):
+        return None
+    asked = re.search(r"(tried|unable) to allocate [\d.,]+ ?\w+", str(error), re.IGNORECASE)
+    given = [f"--{name.replace('_', '-')} {size}" for name in SIZES if (size := getattr(args, name, None))]
+    amount = f" ({asked[0].lower()})" if asked else ""
+    return f"out of memory{amount}: take less than {' and '.join(given) or 'this'}, and smaller pictures"
+
+
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print minicn's own warnings as one line; other libraries' warnings are for developers."""
     if Path(__file__).parents[1] in Path(filename).parents:
-        print(f"note: {files.printable(message)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a console that is gone stops nothing
+            print(f"note: {files.printable(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def polite_errors(output: Path | None = None) -> Iterator[None]:
-    """Turn what a user can fix into one line on standard error and exit status 2, Ctrl-C into 130."""
+def polite_errors(args: argparse.Namespace, run: bool = False) -> Iterator[None]:
+    """Turn what a user can fix into one line on standard error and exit status 2, Ctrl-C into 130.
+
+    run  the output is a folder that --resume continues
+    """
     warnings.showwarning = show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a console's encoding does not have stops nothing
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error, it also raises
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {files.printable(error)}", file=sys.stderr)
+    except Exception as error:
+        line = out_of_memory(error, args)
+        if line is None and not isinstance(error, (ValueError, TypeError, OSError)):
+            raise
+        print(f"error: {files.printable(line or error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        kept = output is not None and (output / "checkpoint.pt").is_file()
+        kept = run and (args.output / "checkpoint.pt").is_file()
         ending = (
-            f"; {output} holds a checkpoint, --resume continues" if kept else "; nothing to resume yet" if output else ""
+            f"; {args.output} holds a checkpoint, --resume continues" if kept else "; nothing to resume yet" if run else ""
         )
         print(f"stopped {stop}".rstrip() + ending, file=sys.stderr)
         sys.exit(130)

@@ -18,7 +18,7 @@ def check_data_options(command: argparse.ArgumentParser) -> None:
 
 def make_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="to write, in Fill50K's format")
-    command.add_argument("--count", type=cli.whole(1), default=1000, help="pairs, 1 and up")
+    command.add_argument("--count", type=cli.whole(1, 10**6), default=1000, help="pairs, 1 to a million")
     choices = ("circles", *conditions.NAMES)
     command.add_argument("--condition", choices=choices, default="circles", help="as Fill50K, or toy scenes with this hint")
     command.add_argument("--seed", type=cli.whole(0), default=0, help="of the circles, 0 and up")

@@ -88,6 +88,11 @@ def generate(args: argparse.Namespace) -> None:
     hints = [images.open_image(path) for path in args.hint or []]
     image, mask = (None if path is None else images.open_image(path) for path in (args.image, args.mask))
     sd, nets = load(args)
+    like = hints[0] if hints else image
+    width, height = like.size if like else (sd.image_size, sd.image_size)
+    width, height = args.width or width, args.height or height
+    need = sd.vae.cfg.channels[0] * sd.vae_dtype.itemsize * count * height * width  # the decoder's last level
+    cli.check_memory(sd.device, need, f"--num-images {count} of {width}x{height} pixels")
     settle_threads(args, sd, nets)
     scales = args.conditioning_scale or [1.0]
     prompt, captions = prompt_of(args, sd)

@@ -36,8 +36,9 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = None
-        if value is None or not low <= value <= high:
-            limits = f"from {low}" if high == math.inf else f"from {low} to {high}"
+        most = min(high, 2**63 - 1)
+        if value is None or not low <= value <= most:
+            limits = f"from {low}" + (f" to {most}" if high < math.inf or (value or 0) > most else "")
             raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text!r}")
         return value
 

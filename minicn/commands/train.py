@@ -37,6 +37,9 @@ def train(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(sd, net, recipe, size)
         return
+    part = recipe.batch_size // (distributed.init_distributed()[1] * recipe.accumulate)
+    widest = max(part * net.cfg.hint_channels[0], min(8, len(pairs)) * sd.vae.cfg.channels[0])  # maps at full size at once
+    cli.check_memory(device, 4 * size**2 * widest, f"--batch-size {recipe.batch_size} with --resolution {size}")
     of = {"data": data.digest(pairs), "model": resuming.digest(sd)}
     run = recording.Run(args.output, dataclasses.asdict(recipe) | of | {"resolution": size}, args.keep)
     if first:
@@ -68,4 +71,4 @@ def dry_run(sd: StableDiffusion, net: ControlNet, recipe: Recipe, size: int) -> 
     from minicn.trainer import memory  # its imports take a second
 
     predicted = memory.predict(sd.unet, net, recipe, size, distributed.init_distributed()[1], sd.device)
-    print(memory.table(predicted, memory.free(sd.device)))
+    print(memory.table(predicted, cli.free_memory(sd.device)))

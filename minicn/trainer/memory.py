@@ -8,7 +8,6 @@ import gc
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,8 +18,6 @@ from minicn import ddim, fast, training
 from minicn.controlnet import ControlNet
 from minicn.trainer import loop
 from minicn.unet import UNet
-
-STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -113,18 +110,6 @@ def predict(unet: UNet, net: ControlNet, recipe: training.Recipe, size: int, wor
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def free(device: torch.device) -> int | None:
-    """Return the bytes that are free; None where neither device nor system reports them."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return kilobytes(Path("/proc/meminfo"), "MemAvailable") if device.type == "cpu" and STATUS.is_file() else None
-
-
-def kilobytes(path: Path, name: str) -> int:
-    """Return an entry of one of Linux's /proc tables, in bytes."""
-    return next(int(line.split()[1]) * 1024 for line in path.read_text().splitlines() if line.startswith(name))
 
 
 def table(predicted: Ledger, available: int | None) -> str:

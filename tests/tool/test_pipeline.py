@@ -114,7 +114,7 @@ def test_control_runs_only_in_its_window(sd, trained, hint, monkeypatch, start, 
     [(0, 0.5, 0.5, 2), (0.4, 1, 0.5, 3), (0, 0.2, 0.5, 1), (0.5, 1, 0.2, 1), (0, 1, 0.3, 3)],
 )
 def test_the_window_is_one_of_the_steps_that_run(sd, trained, hint, monkeypatch, start, end, denoise, runs):
-    """From an image, with 10 steps and denoise 0.5, five run; control_end 0.5 lets the first two be controlled, as in diffusers."""
+    """With 10 steps and denoise 0.5 five run; as in diffusers, control_end 0.5 lets the first two be controlled."""
     seen, residuals = [], trained.residuals
     monkeypatch.setattr(trained, "residuals", lambda *args: seen.append(args) or residuals(*args))
     image = Image.new("RGB", (32, 32))
