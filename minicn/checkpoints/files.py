@@ -271,8 +271,8 @@ def read_text(path: str | Path, what: str, most: int = TEXT_BYTES) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist or is not a file: name {what}")
     with open(path, "rb") as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
+        raw = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if raw is None or len(raw) > most:
         raise ValueError(f"{path} is not {what}: it is larger than {most >> 20} MB")
     try:
         return raw.decode("utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")

@@ -7,13 +7,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minicn import conditions
+from minicn.checkpoints import files
 from minicn.commands import cli
 from minicn.trainer import data
 
 
 def check_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, help="with prompt.json (Fill50K's format) or metadata.jsonl (Hugging Face's)")
-    command.add_argument("--sheet", type=Path, help="contact sheet to write (default: FOLDER/sheet.png)")
+    command.add_argument("--sheet", type=Path, help="picture to write, a contact sheet, not in the folder (default: none)")
 
 
 def make_data_options(command: argparse.ArgumentParser) -> None:
@@ -26,13 +27,18 @@ def make_data_options(command: argparse.ArgumentParser) -> None:
 
 def check_data(args: argparse.Namespace) -> None:
     pairs = data.read_pairs(args.folder)
-    sheet = args.sheet or args.folder / "sheet.png"
-    cli.check_picture(sheet)
+    if args.sheet is not None:
+        cli.check_picture(args.sheet)
+        if args.folder.resolve() in args.sheet.resolve().parents:
+            raise ValueError(f"--sheet {args.sheet} would lie among the data: name a file elsewhere")
     found = [text for pair in tqdm(pairs, desc="checking", unit="pair") for text in data.problems(pair)]
     for text in found:
-        print(text)
-    conditions.save_image(data.contact_sheet(pairs), sheet)
-    print(f"{len(pairs)} pairs, {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}; contact sheet: {sheet}")
+        print(files.printable(text))
+    sheet = "--sheet FILE draws some of them"
+    if args.sheet is not None:
+        conditions.save_image(data.contact_sheet(pairs), args.sheet)
+        sheet = f"contact sheet: {args.sheet}"
+    print(f"{len(pairs)} pairs, {len(found) or 'no'} problem{'' if len(found) == 1 else 's'}; {sheet}")
     if found:
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,7 +177,21 @@ def load(args: argparse.Namespace) -> tuple[StableDiffusion, list[ControlNet]]:
         variant=args.variant,
         ema=args.ema,
     )
-    return sd, [ControlNet.load(net, unet=sd.unet, dtype=dtype, device=device) for net in args.controlnet or []]
+    return sd, [controlnet(net, sd, dtype, device, args.variant) for net in args.controlnet or []]
+
+
+def controlnet(
+    source: str, sd: StableDiffusion, dtype: torch.dtype, device: torch.device, variant: str | None
+) -> ControlNet:
+    """Return a ControlNet in the variant of the model; with a warning the plain one if it has no such variant."""
+    try:
+        return ControlNet.load(source, sd.unet, dtype, device, variant)
+    except FileNotFoundError as error:
+        if variant is None:
+            raise
+        net = ControlNet.load(source, sd.unet, dtype, device)
+        warnings.warn(f"{error}; --controlnet {source} is taken without --variant", stacklevel=1)
+        return net
 
 
 def prompt_of(args: argparse.Namespace, sd: StableDiffusion) -> tuple[str | Callable[[Image.Image], str], list[str]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from minicn.checkpoints import files
 from minicn.conditions.filters import sobel
 from minicn.conditions.images import check_file, check_version, grey_hint, open_image
 from minicn.inputs import opacity, to_rgb
@@ -13,6 +14,7 @@ from minicn.inputs import opacity, to_rgb
 # Signs of x (right), y (up) and z (towards the viewer) in the channels red, green and blue of normal maps.
 NORMAL_AXES = {"opengl": (1, 1, 1), "directx": (1, -1, 1), "diode": (1, -1, -1), "v1.1": (-1, 1, 1), "v1.0": (-1, 1, 1)}
 
+MOST = 2**28  # numbers in a .npy file: as many as the channels of the largest picture
 DARKEST = 50  # the brightest channel of a unit normal is at least 127.5 (1 - 3**-0.5) = 53.9
 
 
@@ -89,11 +91,13 @@ def _load_array(path: str | Path) -> np.ndarray:
     """Read finite numbers from a .npy file, as float64; no pickle is opened."""
     check_file(path, "an image or a .npy file")
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable .npy file: {error}") from error
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # nothing is allocated, and no more claimed than is there
+    except Exception as error:  # whatever a damaged header makes Python's parser raise
+        raise ValueError(f"{path} is not a readable .npy file: {files.printable(error) or type(error).__name__}") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.size == 0:
         raise ValueError(f"{path} does not contain an array of numbers: save one with numpy.save")
+    if array.size > MOST:
+        raise ValueError(f"{path} has shape {array.shape}, more than {MOST:,} numbers: downscale it")
     if not np.isfinite(array).all():
         raise ValueError(f"{path} contains values that are not finite: fill the holes first")
     return array.astype(np.float64)

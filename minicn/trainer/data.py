@@ -150,7 +150,9 @@ def contact_sheet(pairs: list[Pair], count: int = 24, side: int = 96, lines: int
                 picture = Image.new("RGB", (side, side), "red")
             sheet.paste(picture, (x, y + j * side))
         caption = (
-            textwrap.wrap(pair.prompt, 16, max_lines=lines, placeholder="...") if pair.prompt.strip() else ["(no prompt)"]
+            textwrap.wrap(pair.prompt[:200], 16, max_lines=lines, placeholder="...")
+            if pair.prompt.strip()
+            else ["(no prompt)"]
         )
         draw.text((x + 2, y + 2 * side + 3), "\n".join(caption), fill="black", spacing=1)
     return sheet
@@ -160,23 +162,22 @@ def contact_sheet(pairs: list[Pair], count: int = 24, side: int = 96, lines: int
 
 
 def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray, str]], total: int | None = None) -> int:
-    """Write (hint, image, prompt) in the tutorial's format and return how many. The table is written last.
+    """Write (hint, image, prompt) in the tutorial's format, all or nothing, and return how many.
 
-    Raises ValueError if the folder holds a table already.
+    Raises ValueError if the folder holds anything already, OSError if it cannot be written.
     """
-    folder = Path(folder)
-    for name in FORMATS:
-        if (folder / name).exists():
-            raise ValueError(f"{folder} holds a {name} already: name another folder")
+    folder = Path(folder).resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already, and not empty: name another folder")
     lines = []
-    for name in ("source", "target"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, (hint, image, prompt) in enumerate(tqdm(pairs, desc="drawing", unit="pair", total=total)):
-        for name, picture in (("source", hint), ("target", image)):
-            conditions.save_image(Image.fromarray(picture), folder / name / f"{i}.png")
-        lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))
-    with files.replacing(folder / "prompt.json") as new:
-        new.write_text("\n".join(lines) + "\n", "utf-8")
+    with files.replacing(folder) as new:
+        for name in ("source", "target"):
+            (new / name).mkdir(parents=True)
+        for i, (hint, image, prompt) in enumerate(tqdm(pairs, desc="drawing", unit="pair", total=total)):
+            for name, picture in (("source", hint), ("target", image)):
+                Image.fromarray(picture).save(new / name / f"{i}.png")
+            lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}))
+        (new / "prompt.json").write_text("\n".join(lines) + "\n", "utf-8")
     return len(lines)
 
 

@@ -130,9 +130,9 @@ def test_pictures_that_do_not_fit_are_named(tmp_path):
         data.load_pair(pairs[1], 32)
 
 
-def test_check_data_says_every_problem(tmp_path, capsys):
+def test_check_data_says_every_problem(tmp_path, tmp_path_factory, capsys):
     """Missing, unreadable, sizes that differ, empty prompts, black and inverted hints; then a contact sheet, status 1."""
-    lines = np.zeros((30, 40, 3), np.uint8)
+    sheets, lines = tmp_path_factory.mktemp("sheets"), np.zeros((30, 40, 3), np.uint8)
     lines[10:12] = 255
     for i, picture in enumerate((lines, 255 - lines, 0 * lines, lines[:20], lines, lines), 1):
         write(tmp_path / "target" / f"{i}.png")
@@ -142,7 +142,7 @@ def test_check_data_says_every_problem(tmp_path, capsys):
     (tmp_path / "target" / "6.png").unlink()
     table(tmp_path, [row(1), row(2), row(3), row(4), row(5), row(6), row(1, " ")])
     with pytest.raises(SystemExit) as stopped:
-        __main__.main(["check-data", str(tmp_path)])
+        __main__.main(["check-data", str(tmp_path), "--sheet", str(sheets / "sheet.png")])
     out = capsys.readouterr().out
     assert stopped.value.code == 1
     said = out.splitlines()
@@ -159,8 +159,64 @@ def test_check_data_says_every_problem(tmp_path, capsys):
         )
     assert not any(line.startswith("line 1:") for line in said)
     assert said[-1].startswith("7 pairs, 6 problems; contact sheet: ")
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    sheet = np.asarray(Image.open(sheets / "sheet.png"))
     assert (sheet == (255, 0, 0)).all(2).any()  # what is missing
+
+
+def test_check_data_writes_nothing_into_the_data(tmp_path, refused, capsys):
+    """Neither by default, nor where it is told to, also by another spelling or through a link."""
+    folder, victim = tmp_path / "data", tmp_path / "victim"
+    data.write_pairs(folder, data.circles(1, size=32))
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    assert __main__.main(["check-data", str(folder)]) == 0
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("data/sheet.png", "data/source/0.png", "data/source/../new.png", "link/sheet.png"):
+        assert "would lie among the data" in refused(
+            __main__.main, ["check-data", str(folder), "--sheet", f"{tmp_path}/{name}"]
+        )
+    victim.write_text("precious")
+    (tmp_path / "sheet.png").symlink_to(victim)
+    __main__.main(["check-data", str(folder), "--sheet", str(tmp_path / "sheet.png")])
+    assert victim.read_text() == "precious"
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_a_caption_of_any_length_is_drawn(tmp_path):
+    pairs = data.read_pairs(table(tmp_path, [row(1, "x" * 1_000_000), row(2, "\u4e2d\u0007 " * 100_000)]))
+    assert data.contact_sheet(pairs).size == (200, 248)
+
+
+def test_what_a_table_says_is_printed_as_text(tmp_path, capsys):
+    """Escape sequences, new lines and turned directions reach no terminal; a name of any length is cut."""
+    names = "\u001b[31m\u0007\nerror: all is well\n.png", "\u202egnp.exe", "x" * 100_000
+    table(tmp_path, [{**row(1), "target": names[1], "prompt": "\x1b[2J"}, {**row(1), "target": names[2]}])
+    with pytest.raises(SystemExit):
+        __main__.main(["check-data", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        __main__.main(["check-data", str(table(tmp_path / "d", [{**row(1), "source": names[0]}]))])
+    out, err = capsys.readouterr()
+    said = [line for line in out.splitlines() + err.replace("\r", "\n").splitlines() if "pair/s" not in line]
+    assert not [line for line in said if not line.isprintable() or len(line) > 1000 or line.startswith("error: all")]
+
+
+def test_a_data_folder_is_made_whole_or_not_at_all(tmp_path):
+    """What was there stays; pairs that cannot all be drawn leave nothing."""
+    (tmp_path / "mine" / "source").mkdir(parents=True)
+    (tmp_path / "mine" / "source" / "0.png").write_text("precious")
+    with pytest.raises(ValueError, match="mine is there already, and not empty"):
+        data.write_pairs(tmp_path / "mine", data.circles(1))
+    assert (tmp_path / "mine" / "source" / "0.png").read_text() == "precious"
+
+    def broken():
+        yield from data.circles(2, size=16)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"new cannot be written \(No space left on device\)"):
+        data.write_pairs(tmp_path / "new", broken())
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (tmp_path / "empty").mkdir()
+    assert data.write_pairs(tmp_path / "empty", data.circles(2, size=16)) == 2
+    assert len(data.read_pairs(tmp_path / "empty")) == 2
 
 
 def test_the_toys_hints_do_not_look_inverted():
@@ -177,8 +233,7 @@ def test_make_data_writes_what_check_data_likes(tmp_path, capsys):
         assert __main__.main(["check-data", str(tmp_path / name)]) == 0
     assert "5 pairs, no problems" in capsys.readouterr().out
     for path in (tmp_path / "a").rglob("*.png"):
-        if path.name != "sheet.png":
-            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
     pairs = data.read_pairs(tmp_path / "toy")
     assert [pair.prompt for pair in pairs] == [toy.scene(i).caption for i in range(3)]
     hint, image = data.load_pair(pairs[1], 128)
@@ -187,7 +242,7 @@ def test_make_data_writes_what_check_data_likes(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         __main__.main(["make-data", str(tmp_path / "a")])
     assert stopped.value.code == 2
-    assert "holds a prompt.json already" in capsys.readouterr().err
+    assert "is there already, and not empty" in capsys.readouterr().err
 
 
 def test_circles_are_what_they_say():
