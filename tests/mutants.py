@@ -1282,9 +1282,21 @@ BUGS = {
     "minicn/commands/cli.py": [
         (
             "whole numbers have no range",
-            "if value is None or not low <= value <= high:",
+            "if value is None or not low <= value <= most:",
             "if value is None:",
             "test_train_toy_refuses_in_one_line",
+        ),
+        (
+            "memory that ends is a traceback",
+            "if line is None and not",
+            "if not",
+            "test_memory_that_ends_is_one_line_with_a_remedy",
+        ),
+        (
+            "what a console lacks stops the work",
+            'stream.reconfigure(errors="backslashreplace")',
+            "pass",
+            "test_what_a_console_cannot_print_stops_nothing",
         ),
     ],
     "minicn/trainer/distributed.py": [
