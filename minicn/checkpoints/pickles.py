@@ -22,28 +22,33 @@ ZIP = b"PK\x03\x04"
 PICKLE_BYTES = 2**22  # of a pickle apart from its tensors, at most; a whole Stable Diffusion's has 0.3 MB
 
 
-def load(path: Path, mapped: bool = True) -> Any:
-    """Return what a file of PyTorch's holds, on the CPU: tensors, lists, numbers, dictionaries of names or integers.
+def load(path: Path, most: int = PICKLE_BYTES) -> tuple[Any, str]:
+    """Return what a file holds, its tensors if possible still on disk, and the container in words.
 
-    mapped  leave the tensors of a zip in the file until they are used
-    Raises ValueError, naming the file, for one that is damaged, or whose tensors claim more bytes than it has.
+    most  bytes of the pickle, at most
+    Raises ValueError, naming the file, for one that is damaged or holds what weights do not need.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         zipped = file.read(4) == ZIP
     if zipped:
-        check_zip(path, size)
-    module = types.SimpleNamespace(Unpickler=type("Unpickler", (Inert,), {"size": size}), __name__="inert")
+        check_zip(path, size, most)
+    # Tensors of a zip are read from disk when they are used; not where the extension would mislead PyTorch.
+    mapped = zipped and path.suffix != ".safetensors"
+    module = types.SimpleNamespace(Unpickler=type("Unpickler", (Inert,), {"size": size, "most": most}), __name__="inert")
     module.load = lambda file, **options: module.Unpickler(file, **options).load()
-    mapped = mapped and zipped and path.suffix != ".safetensors"  # by which PyTorch's reader goes
     with complete(path), Unnumbered(path) as file:
         source = str(path) if mapped else file
-        return torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+        content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mapped)
+    return content, "PyTorch's zip" if zipped else "PyTorch's old container"
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a dictionary, or of its "state_dict", and the container in words. Raises what `load` raises."""
-    content = load(path)
+    """Return the tensors of a dictionary, or of its "state_dict", and the container in words.
+
+    Raises ValueError, naming the file, for one that is damaged, holds no tensors, or claims larger ones than it has bytes.
+    """
+    content, container = load(path)
     for _ in range(8):  # a file may contain itself
         if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
             content = content["state_dict"]
@@ -51,14 +56,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     for key, value in content.items():
         if isinstance(value, Odd):
             raise ValueError(f"{path}: {key} is not a plain tensor ({value}): save it as one")
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor) and type(key) is str}
     if not tensors:
         raise ValueError(f"{path} holds no dictionary of tensors: name a weights file")
     size, claimed = path.stat().st_size, sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     if claimed > 2 * size:  # twice: two names may share a tensor
         raise ValueError(f"{path} has {size:,} bytes, but claims tensors of {claimed:,}: fetch it again")
-    with open(path, "rb") as file:
-        return tensors, "PyTorch's zip" if file.read(4) == ZIP else "PyTorch's old container"
+    return tensors, container
 
 
 @contextlib.contextmanager
@@ -71,7 +75,7 @@ def complete(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a complete PyTorch file ({reason}): fetch it again") from error
 
 
-def check_zip(path: Path, size: int) -> None:
+def check_zip(path: Path, size: int, most: int) -> None:
     """Raise ValueError for a zip that PyTorch did not write: it maps tensors as they lie in the file."""
     with complete(path):
         with zipfile.ZipFile(path) as archive:
@@ -85,8 +89,8 @@ def check_zip(path: Path, size: int) -> None:
         raise ValueError(f"{path} is a TorchScript program, not weights: save its state_dict")
     if sum(record.file_size for record in records) > size:
         raise ValueError(f"{path} has records that overlap, which PyTorch's files do not have: fetch it again")
-    if max((record.file_size for record in records if record.filename.endswith(".pkl")), default=0) > PICKLE_BYTES:
-        raise ValueError(f"{path} has more than {PICKLE_BYTES >> 20} MB beside its tensors: save its state_dict alone")
+    if max((record.file_size for record in records if record.filename.endswith(".pkl")), default=0) > most:
+        raise ValueError(f"{path} has more than {most >> 20} MB beside its tensors: save its state_dict alone")
 
 
 class Unnumbered(io.FileIO):
@@ -145,12 +149,12 @@ TYPES |= {("torch.storage", "UntypedStorage"): torch.UntypedStorage}
 class Inert(pickle._Unpickler):
     """Python's unpickler in Python, for torch.load, with some instructions replaced. `size` is the file's, in bytes."""
 
-    size = 0
+    size, most = 0, PICKLE_BYTES
 
     def __init__(self, file, **options):
         self.file, self.start, self.work, self.claimed = file, file.tell(), 0, 0
         self.storages: dict[str, int] = {}  # their bytes
-        self.buffer = io.BytesIO(file.read(PICKLE_BYTES))
+        self.buffer = io.BytesIO(file.read(self.most))
         super().__init__(self.buffer, **options)
 
     def load(self) -> Any:
@@ -231,8 +235,8 @@ class Inert(pickle._Unpickler):
             self.put(key, value)
 
     def put(self, key: object, value: object) -> None:
-        """Keep what has a name or a number; nothing else that a dictionary may hold is needed."""
-        if type(self.stack[-1]) is dict and type(key) in (str, int):
+        """Keep what has a name or a number; nothing else that a dictionary of weights or moments may hold is needed."""
+        if type(self.stack[-1]) is dict and (type(key) is str or type(key) is int and abs(key) < 2**63):
             self.stack[-1][key] = value
 
     def load_append(self) -> None:

@@ -189,7 +189,7 @@ class Run:
                 if (self.folder / name).is_symlink():
                     raise ValueError(f"{self.folder / name} is a link: a run writes nothing elsewhere; remove it")
             if resume:
-                self.load(mmap=True)
+                self.load()
         except BaseException:
             self.release()
             raise
@@ -213,17 +213,16 @@ class Run:
         for old in set(before) - set(self.kept):
             self.older(old).unlink(missing_ok=True)
 
-    def load(self, check: Callable[[dict, Path], None] = lambda state, path: None, mmap: bool = False) -> dict:
+    def load(self, check: Callable[[dict, Path], None] = lambda state, path: None) -> dict:
         """Return the newest checkpoint that is whole. Warns if that is an older one.
 
         check  looks at what a run alone does not know: called with a checkpoint and its file, raises Damaged
-        mmap   leave the tensors in the file until they are looked at
         Raises ValueError if it was made with other settings, or has done more steps, or none is whole.
         """
         reason = None
         for path in (self.checkpoint, *sorted(self.folder.glob(f"checkpoint-{'[0-9]' * 8}.pt"), reverse=True)):
             try:
-                state = resuming.read(path, mmap)
+                state = resuming.read(path)
                 resuming.check_log(state, path)
                 self._check_settings(state, path)
                 check(state, path)

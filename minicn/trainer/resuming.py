@@ -15,10 +15,11 @@ from typing import IO
 import torch
 from torch import Tensor, nn
 
-from minicn.checkpoints import pickles
+from minicn.checkpoints import files, pickles
 from minicn.pipeline import StableDiffusion
 
 LOCK = ".lock"
+PICKLE_BYTES = 2**26  # of a checkpoint beside its tensors, at most: the log of millions of steps
 RATES = {"lr": 0.0, "betas": (0.0, 0.0)}  # what schedules change in an optimiser's settings
 Parameters = dict[int | str, nn.Parameter]  # an optimiser's, by their keys in its state
 
@@ -27,17 +28,14 @@ class Damaged(ValueError):
     """A file in a run's folder is not what a run writes. (An older one may be.)"""
 
 
-def read(path: Path, mmap: bool = False) -> dict:
-    """Return what a checkpoint holds, on the CPU. Raises Damaged, naming it, unless that is a dictionary.
-
-    mmap  leave the tensors in the file until they are looked at
-    """
+def read(path: Path) -> dict:
+    """Return what a checkpoint holds, its tensors still on disk. Raises Damaged, naming it, unless that is a dictionary."""
     if not path.is_file():
         raise Damaged(f"{path} does not exist or is not an ordinary file")
     try:
-        state = pickles.load(path, mmap)
-    except Exception as error:  # whatever a damaged file makes PyTorch's reader raise
-        raise Damaged(f"{path} is damaged ({str(error)[:100] or type(error).__name__})") from error
+        state, _ = pickles.load(path, PICKLE_BYTES)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path} is damaged ({files.printable(error.__cause__ or error, 200)})") from error
     if not isinstance(state, dict):
         raise Damaged(f"{path} is damaged: it holds {_words(state)}, but must hold a dict")
     return state
@@ -96,8 +94,7 @@ def as_own(found: dict, optimizer: torch.optim.Optimizer, parameters: Parameters
     for key, moments in found["state"].items():
         p = parameters[key]
         for name, old in moments.items():
-            if old.shape == p.shape and old.stride() != p.stride():
-                moments[name] = torch.empty_strided(p.shape, p.stride()).copy_(old)
+            moments[name] = old.clone() if old.ndim == 0 else torch.empty_strided(p.shape, p.stride()).copy_(old)
     keys = {id(p): key for key, p in parameters.items()}
     groups = [
         own | {name: then[name] for name in RATES} | {"params": [keys[id(p)] for p in own["params"]]}
