@@ -97,7 +97,7 @@ def as_own(found: dict, optimizer: torch.optim.Optimizer, parameters: Parameters
             moments[name] = old.clone() if old.ndim == 0 else torch.empty_strided(p.shape, p.stride()).copy_(old)
     keys = {id(p): key for key, p in parameters.items()}
     groups = [
-        own | {name: then[name] for name in RATES} | {"params": [keys[id(p)] for p in own["params"]]}
+        own | {"lr": then["lr"], "betas": tuple(then["betas"]), "params": [keys[id(p)] for p in own["params"]]}
         for own, then in zip(optimizer.param_groups, found["param_groups"], strict=True)
     ]
     return {"state": found["state"], "param_groups": groups}

@@ -145,6 +145,7 @@ def test_a_resumed_run_has_its_weights_and_moments(few, saved):
     assert len(moments) == len(list(begun.net.parameters()))
     assert all(torch.equal(v, state["optimizer"]["state"][k][n]) for k, m in moments.items() for n, v in m.items())
     assert (begun.step, len(begun.run.rows)) == (1, 1)
+    assert {type(group["betas"]) for group in begun.optimizer.param_groups} == {tuple}  # other types are not written again
 
 
 def test_moments_get_the_memory_layout_of_their_weights(few, saved, tmp_path):
