@@ -570,7 +570,7 @@ def test_the_ledger_counts_what_autograd_keeps():
 
 def test_a_dry_run_prints_the_ledger_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
     for free, verdict in ((10**12, "enough"), (10**6, "not enough")):
-        monkeypatch.setattr(memory, "free", lambda device, free=free: free)
+        monkeypatch.setattr(cli, "free_memory", lambda device, free=free: free)
         assert command(folder, tmp_path / "out", "--dry-run") == 0
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines] == "weights gradients optimiser activations peak free".split()
