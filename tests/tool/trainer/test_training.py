@@ -20,6 +20,7 @@ from PIL import Image
 from minicn import ControlNet, ControlNetConfig, StableDiffusion, UNet, UNetConfig, __main__, ddim, fast, toy, training
 from minicn.checkpoints import files, hub, weights
 from minicn.checkpoints.models import load_model
+from minicn.commands import cli
 from minicn.trainer import data, loop, memory, recording
 from minicn.trainer.examples import from_pairs, from_scenes
 from minicn.unet import Block
