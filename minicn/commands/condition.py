@@ -23,7 +23,7 @@ def condition_options(command: argparse.ArgumentParser) -> None:
     command.description, command.formatter_class = f"Make the hint of a condition. Each takes:\n{takes}", Lines
     add, side = command.add_argument, cli.whole(64, 8192)
     add("name", choices=conditions.NAMES, metavar="NAME", help=f"the condition: {', '.join(conditions.NAMES)}")
-    add("image", type=Path, metavar="INPUT", help="file to read: any picture that Pillow reads, .json or .npy, see above")
+    add("image", type=Path, metavar="INPUT", help="file to read: a picture, .json or .npy, see above")
     add("hint", type=Path, metavar="HINT", help="picture to write")
     add(
         "--resolution", type=side, help="shorter side, rounded to 64s as in the official apps, which use 512 (default: kept)"
