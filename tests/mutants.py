@@ -920,6 +920,18 @@ BUGS = {
     ],
     "minicn/inputs.py": [
         (
+            "transparent hints are silent",
+            "        if opacity(hint) is not None:\n",
+            "        if False:\n",
+            "test_a_transparent_hint_is_white_as_in_the_official_apps_and_says_so",
+        ),
+        (
+            "hints of one colour are silent",
+            "        if torch.equal(h.amin((2, 3)), h.amax((2, 3))):\n",
+            "        if False:\n",
+            "test_a_hint_of_a_single_colour_says_so",
+        ),
+        (
             "the ranges of settings are not checked",
             "    if not (low <= value <= high and math.isfinite(value)):",
             "    if value is None:",
@@ -939,6 +951,18 @@ BUGS = {
         ),
     ],
     "minicn/pipeline.py": [
+        (
+            "a transparent mask is white",
+            'to_rgb(mask, "black")',
+            "to_rgb(mask)",
+            "test_a_mask_is_black_where_it_is_transparent",
+        ),
+        (
+            "a mask that selects nothing is silent",
+            "if anew.all() or not anew.any():",
+            "if False:",
+            "test_a_mask_that_selects_nothing_or_all_says_so",
+        ),
         ("the seed is ignored", ".manual_seed(seed)", ".manual_seed(0)", "test_a_seed_is_a_picture"),
         (
             "another seed",
@@ -1195,6 +1219,12 @@ BUGS = {
     ],
     "minicn/checkpoints/files.py": [
         ("text has no size", "if raw is None or len(raw) > most:", "if not path:", "test_text_has_a_size"),
+        (
+            "a file is written in its place",
+            "            yield Path(fresh, path.name)\n            os.replace(Path(fresh, path.name), path)\n",
+            "            yield path\n",
+            "test_an_error_half_way_leaves_what_was_there_and_nothing_else",
+        ),
         ("JSON has no depth", "while parts and depth < DEPTH:", "while parts:", "test_json_is_read_to_a_depth"),
         (
             "control characters are printed",
@@ -1279,12 +1309,120 @@ BUGS = {
             "test_precision_of_autoencoder_and_networks",
         ),
     ],
+    "minicn/conditions/images.py": [
+        (
+            "every format of Pillow is opened",
+            "Image.open(file, formats=FORMATS)",
+            "Image.open(file)",
+            "test_no_other_format_is_opened_whatever_its_name",
+        ),
+        (
+            "turned TIFFs are mapped",
+            "Image.open(file, formats=FORMATS)",
+            "Image.open(path, formats=FORMATS)",
+            "test_broken_metadata_do_not_stop_whole_pixels",
+        ),
+        (
+            "broken metadata stop a picture",
+            "        image.load_end = load_end\n",
+            "        pass\n",
+            "test_broken_metadata_do_not_stop_whole_pixels",
+        ),
+        (
+            "only errors of the system are expected of decoders",
+            "    except Exception as error:  # its decoders",
+            "    except OSError as error:  # its decoders",
+            "test_whatever_a_decoder_raises_is_one_line_with_the_name",
+        ),
+        (
+            "formats hold any size",
+            "    if max(image.size) > side:\n",
+            "    if False:\n",
+            "test_a_format_that_cannot_hold_a_picture_loses_none",
+        ),
+    ],
+    "minicn/conditions/surfaces.py": [
+        (
+            "a distance of 0 is measured",
+            "        unknown |= depth == 0\n",
+            "        pass\n",
+            "test_a_distance_of_zero_is_no_reading",
+        ),
+        (
+            "every distance of 0 is unknown",
+            " and depth[depth != 0].min() > depth.max() / 200:",
+            ":",
+            "test_a_zero_that_is_only_the_nearest_of_many_is_measured",
+        ),
+        (
+            "black normals are wrong ones",
+            "_transparent(image) | (pixels.max(2) < DARKEST)",
+            "_transparent(image)",
+            "test_black_and_transparent_normals_are_unknown",
+        ),
+    ],
+    "minicn/conditions/poses.py": [
+        (
+            "absent points of a file are read",
+            "point[2:] in ([0], [None])",
+            "point[2:] == 0",
+            "test_what_an_absent_point_holds_is_not_looked_at",
+        ),
+        (
+            "absent points of an array are read",
+            "    people = np.where(people[..., 2:] <= 0, 0, people)\n",
+            "",
+            "test_absent_points_of_arrays_are_not_looked_at_either",
+        ),
+        (
+            "fractions lie within 0 and 1",
+            "np.quantile(np.abs(seen - 0.5), 0.9) <= 1.5",
+            "np.abs(seen - 0.5).max() <= 0.5",
+            "test_fractions_that_lie_a_little_outside_are_fractions",
+        ),
+        (
+            "any number of people is drawn",
+            "    if len(people) > MOST_PEOPLE:\n",
+            "    if False:\n",
+            "test_more_people_than_can_be_drawn_are_refused",
+        ),
+    ],
+    "minicn/conditions/networks/bodypose.py": [
+        (
+            "every peak of a plateau is kept",
+            "    if len(y) > most:\n",
+            "    if False:\n",
+            "test_of_a_plateau_of_peaks_some_are_kept",
+        ),
+    ],
+    "minicn/conditions/drawing.py": [
+        (
+            "a canvas has any size",
+            " and height * width <= MOST_PIXELS)",
+            ")",
+            "test_odd_sizes_are_refused_before_anything_is_drawn",
+        ),
+    ],
     "minicn/commands/options.py": [
+        (
+            "an output may replace an input",
+            "    if any(given is not None and",
+            "    if False and any(given is not None and",
+            "test_an_output_never_replaces_an_input",
+        ),
         (
             "whole numbers have no range",
             "if value is None or not low <= value <= most:",
             "if value is None:",
             "test_train_toy_refuses_in_one_line",
+        ),
+    ],
+    "minicn/commands/generate.py": [
+        (
+            "what has no place is lost",
+            "        conditions.save_image(picture, instead, pnginfo=settings)\n",
+            "        pass\n",
+            "test_what_was_drawn_is_kept_where_it_can_be",
         ),
     ],
     "minicn/commands/cli.py": [
@@ -1428,6 +1566,12 @@ BUGS = {
         ),
     ],
     "minicn/trainer/data.py": [
+        (
+            "thin pictures are enlarged without a limit",
+            "    if width * height > conditions.MOST_PIXELS:\n",
+            "    if False:\n",
+            "test_a_thin_pair_is_not_enlarged_without_a_limit",
+        ),
         (
             "lines of a table end at U+2028, too",
             '.split("\\n")  # not',
