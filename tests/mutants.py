@@ -1311,6 +1311,12 @@ BUGS = {
     ],
     "minicn/conditions/images.py": [
         (
+            "thin pictures are enlarged without a limit",
+            "    if new[0] * new[1] > MOST_PIXELS:\n",
+            "    if False:\n",
+            "test_a_thin_pair_is_not_enlarged_without_a_limit",
+        ),
+        (
             "every format of Pillow is opened",
             "Image.open(file, formats=FORMATS)",
             "Image.open(file)",
@@ -1566,12 +1572,6 @@ BUGS = {
         ),
     ],
     "minicn/trainer/data.py": [
-        (
-            "thin pictures are enlarged without a limit",
-            "    if width * height > conditions.MOST_PIXELS:\n",
-            "    if False:\n",
-            "test_a_thin_pair_is_not_enlarged_without_a_limit",
-        ),
         (
             "lines of a table end at U+2028, too",
             '.split("\\n")  # not',

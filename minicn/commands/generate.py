@@ -14,7 +14,6 @@ from PIL.PngImagePlugin import PngInfo
 import minicn
 from minicn import conditions, threads
 from minicn.commands import cli
-from minicn.conditions import images
 from minicn.controlnet import ControlNet
 from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
 
@@ -86,8 +85,9 @@ def generate(args: argparse.Namespace) -> None:
     for path in outputs:
         cli.check_picture(path, *(args.hint or []), args.image, args.mask)
     check(args)
-    hints = [images.open_image(path) for path in args.hint or []]
-    image, mask = (None if path is None else images.open_image(path) for path in (args.image, args.mask))
+    hints = [conditions.load_image(path, hint=True) for path in args.hint or []]
+    image = None if args.image is None else conditions.load_image(args.image)
+    mask = None if args.mask is None else conditions.load_image(args.mask, "black")
     sd, nets = load(args)
     like = hints[0] if hints else image
     width, height = like.size if like else (sd.image_size, sd.image_size)

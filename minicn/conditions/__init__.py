@@ -7,7 +7,6 @@ faces of poses.
 """
 
 from minicn.conditions.checking import doubts, looks_inverted
-from minicn.conditions.drawing import MOST_PIXELS
 from minicn.conditions.edges import canny, draw_lines, find_lines, hough
 from minicn.conditions.filters import resample
 from minicn.conditions.images import (
@@ -42,7 +41,6 @@ NAMES = (
 
 __all__ = [
     "BODY_25",
-    "MOST_PIXELS",
     "NAMES",
     "NORMAL_AXES",
     "OPENPIFPAF_COLOURS",

@@ -13,7 +13,7 @@ from torch import Tensor
 from minicn.checkpoints import files
 from minicn.conditions.drawing import MOST_PIXELS
 from minicn.conditions.filters import resample
-from minicn.inputs import hint_tensor, to_rgb
+from minicn.inputs import TRANSPARENT, hint_tensor, opacity, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # to read: none is a program, as EPS is
 LARGEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535, "AVIF": 65536}  # sides, pixels
@@ -27,14 +27,17 @@ def check_file(path: str | Path, kind: str) -> None:
         raise FileNotFoundError(f"{path} does not exist or is not a file: name {kind}{remedy}")
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read an image of one of FORMATS as 8-bit RGB: rotated by its EXIF tag, alpha composited over white.
+def load_image(path: str | Path, background: str = "white", hint: bool = False) -> Image.Image:
+    """Read an image of one of FORMATS as 8-bit RGB: rotated by its EXIF tag, alpha composited over the background.
 
+    hint  warn, naming the file, if it is transparent in places
     Raises FileNotFoundError or ValueError, naming the file, if it is missing, damaged or not an image.
     """
     image = open_image(path)
+    if hint and opacity(image) is not None:
+        warnings.warn(f"{path}: {TRANSPARENT}", stacklevel=2)
     try:
-        return to_rgb(image)
+        return to_rgb(image, background)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -108,11 +111,12 @@ def format_of(path: str | Path) -> str:
 
 def load_hint(path: str | Path) -> Tensor:
     """Read an image as a hint (1, 3, H, W) in [0, 1]."""
-    return hint_tensor(load_image(path))
+    return hint_tensor(load_image(path, hint=True))
 
 
 def resize_hint(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resize a hint to the size of the picture to generate: by averaging if it shrinks, without new colours if it grows."""
+    check_enlarged(image.size, (width, height))
     smaller = height * width < image.width * image.height
     return image.resize((width, height), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
 
@@ -124,9 +128,14 @@ def official_size(height: int, width: int, resolution: int) -> tuple[int, int]:
     """
     scale = resolution / min(height, width)
     new = tuple(max(64, round(side * scale / 64) * 64) for side in (height, width))
-    if new[0] * new[1] > MOST_PIXELS:
-        raise ValueError(f"{width}x{height} pixels would become {new[1]}x{new[0]}: choose a lower resolution, or crop it")
+    check_enlarged((width, height), new[::-1])
     return new
+
+
+def check_enlarged(size: tuple[int, int], new: tuple[int, int]) -> None:
+    """Raise ValueError if an image of a width and height would get more pixels than memory should hold."""
+    if new[0] * new[1] > MOST_PIXELS:
+        raise ValueError(f"{size[0]}x{size[1]} pixels would become {new[0]}x{new[1]}: choose a lower resolution, or crop it")
 
 
 def official_resize(image: Image.Image | np.ndarray, resolution: int) -> Image.Image:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +101,13 @@ def load_pair(pair: Pair, size: int) -> tuple[np.ndarray, np.ndarray]:
         )
     scale = size / min(image.size)
     width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
-    if width * height > conditions.MOST_PIXELS:
-        came = f"{image.width}x{image.height}"
-        raise ValueError(f"{pair.image}: {came} pixels would become {width}x{height}: crop it, or lower the resolution")
+    try:
+        hint = conditions.resize_hint(hint, height, width)
+    except ValueError as error:
+        raise ValueError(f"{pair.hint}: {error}") from error
     left, top = (width - size) // 2, (height - size) // 2
     box = (left, top, left + size, top + size)
     image = image.resize((width, height), Image.Resampling.LANCZOS) if (width, height) != image.size else image
-    hint = conditions.resize_hint(hint, height, width)
     return np.asarray(hint.crop(box)), np.asarray(image.crop(box))
 
 
@@ -118,12 +119,15 @@ def problems(pair: Pair) -> Iterator[str]:
     where = f"line {pair.line}"
     if not pair.prompt.strip():
         yield f"{where}: the prompt is empty (fine for some, but most should say what is seen)"
-    pictures = []
-    for path in (pair.hint, pair.image):
-        try:
-            pictures.append(conditions.load_image(path))
-        except (OSError, ValueError) as error:
-            yield f"{where}: {error}"
+    pictures, found = [], []
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        for path in (pair.hint, pair.image):
+            try:
+                pictures.append(conditions.load_image(path, hint=path is pair.hint))
+            except (OSError, ValueError) as error:
+                found.append(error)
+    yield from (f"{where}: {text}" for text in [*found, *(note.message for note in notes)])
     if len(pictures) < 2:
         return
     hint, image = pictures

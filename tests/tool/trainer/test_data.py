@@ -261,12 +261,26 @@ def test_circles_are_what_they_say():
         assert abs(distance - radius).max() < 2
 
 
+def test_a_transparent_hint_is_a_problem(tmp_path):
+    """A pose drawn on nothing would be trained on white."""
+    write(tmp_path / "target" / "1.png")
+    (tmp_path / "source").mkdir()
+    hint = Image.new("RGBA", (40, 30))
+    hint.putpixel((5, 5), (255, 0, 0, 255))
+    hint.save(tmp_path / "source" / "1.png")
+    [pair] = data.read_pairs(table(tmp_path, [row(1)]))
+    [problem] = data.problems(pair)
+    assert problem.startswith(f"line 1: {pair.hint}: the hint is transparent in places, which become white")
+
+
 def test_a_thin_pair_is_not_enlarged_without_a_limit(tmp_path, monkeypatch):
     """1x3000 pixels at a resolution of 64 would be 12 million; at 16 they are 0.8."""
-    monkeypatch.setattr(conditions, "MOST_PIXELS", 10**6)
+    monkeypatch.setattr(conditions.images, "MOST_PIXELS", 10**6)
     for name in ("source", "target"):
         write(tmp_path / name / "1.png", (1, 3000))
     [pair] = data.read_pairs(table(tmp_path, [row(1)]))
-    with pytest.raises(ValueError, match=r"1\.png: 1x3000 pixels would become 64x192000: crop it, or lower the resolution"):
+    with pytest.raises(
+        ValueError, match=r"1\.png: 1x3000 pixels would become 64x192000: choose a lower resolution, or crop it"
+    ):
         data.load_pair(pair, 64)
     assert data.load_pair(pair, 16)[0].shape == (16, 16, 3)
