@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from minicn.conditions.filters import resample
 from minicn.inputs import TRANSPARENT, hint_tensor, opacity, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # to read: none is a program, as EPS is
+PIXELS_A_BYTE = 8 * 1032  # of black and white, as deflate packs them: no picture holds more of its own
 LARGEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535, "AVIF": 65536}  # sides, pixels
 VERSIONS = ("v1.1", "v1.0")  # of ControlNet's annotators
 
@@ -62,9 +64,11 @@ def open_image(path: str | Path) -> Image.Image:
 def _decoded(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:  # Compat: given the name, Pillow 13 maps the file, and mixes up a turned TIFF's pixels
         image = Image.open(file, formats=FORMATS)
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit and image.width * image.height > limit:
-            raise ValueError(f"{image.width}x{image.height} pixels exceed Pillow's limit of {limit}: downscale it")
+        size = os.fstat(file.fileno()).st_size
+        limit = min(Image.MAX_IMAGE_PIXELS or math.inf, max(2**22, PIXELS_A_BYTE * size))
+        if image.width * image.height > limit:
+            came = f"{image.width}x{image.height} pixels in {size} bytes"
+            raise ValueError(f"{came} exceed the limit of {limit}: downscale it")
         read_metadata = image.load_end
 
         def load_end():  # Pillow's hook, after the pixels: broken metadata do not stop them
@@ -72,10 +76,29 @@ def _decoded(path: str | Path) -> Image.Image:
                 read_metadata()
 
         image.load_end = load_end
-        image.load()
+        with _unprinted() if image.format == "TIFF" else contextlib.nullcontext():
+            image.load()
         with contextlib.suppress(Exception):  # it turns the pixels first, then changes the metadata
             ImageOps.exif_transpose(image, in_place=True)
         return image
+
+
+@contextlib.contextmanager
+def _unprinted() -> Iterator[None]:
+    """Inside `with`, standard error goes nowhere: libtiff writes there by itself, also what it finds in the file."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def save_image(image: Image.Image, path: str | Path, **options) -> None:

@@ -160,9 +160,11 @@ def read_openpifpaf(path: str | Path, size: tuple[int, int] | None = None) -> tu
 
 def _points(path: str | Path, person: int, values: object, counts: tuple[int, ...], names: str) -> list[list]:
     """Return a flat list x, y, confidence, x, ... as one list a point; those of confidence 0 or null as zeros."""
-    points = [values[i : i + 3] for i in range(0, len(values), 3)] if isinstance(values, list) else [[values]]
+    points = [values[i : i + 3] for i in range(0, len(values), 3)] if isinstance(values, list) else []
     points = [[0, 0, 0] if point[2:] in ([0], [None]) else point for point in points]
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for point in points for v in point)
+    numbers = isinstance(values, list) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for point in points for v in point
+    )
     if not numbers or len(values) not in {3 * count for count in counts}:
         found = f"{len(values)} values" if numbers else "no list of numbers"
         raise ValueError(

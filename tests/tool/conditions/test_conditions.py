@@ -1308,7 +1308,7 @@ REFUSED = {
     "1x1 depth": ("depth tiny.png", "tiny.png is 1x1 pixels"),
     "1x1 normals": ("normal blue.png", "blue.png is 1x1 pixels"),
     "1x1 ready": ("hed tiny.png --ready", "tiny.png is 1x1 pixels"),
-    "huge": ("canny huge.png", "huge.png is not a readable image: 100x100 pixels exceed Pillow's limit"),
+    "huge": ("canny huge.png", "huge.png is not a readable image: 100x100 pixels in "),
     "too long": ("canny long.png --resolution 8192", "8x9000 pixels would become 8192x9216000: choose a lower resolution"),
     "no stroke": ("scribble white.png", "the drawing has no strokes"),
     "colour labels": (

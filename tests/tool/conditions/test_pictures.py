@@ -179,3 +179,29 @@ def test_an_output_never_replaces_an_input(tmp_path, refused):
         line = refused(run, "condition", "canny", tmp_path / "a.png", tmp_path / name)
         assert f"{name} is also read, and would be lost: name another file" in line
     assert np.array_equal(load_image(tmp_path / "a.png"), NOISE)
+
+
+@pytest.mark.parametrize(("form", "allowed"), [("GIF", False), ("PNG", True), ("TIFF", True)])
+def test_a_picture_has_no_more_pixels_than_its_bytes_can_hold(tmp_path, form, allowed):
+    """A GIF of 50 bytes with a canvas of 24 million pixels; black and white ones of the same size are what they say."""
+    path = tmp_path / "a.picture"
+    if allowed:
+        Image.new("1", (6000, 4000)).save(path, form, **({"compression": "group4"} if form == "TIFF" else {}))
+        assert open_image(path).size == (6000, 4000)
+    else:
+        NOISE.resize((4, 4)).save(path, form)
+        raw = path.read_bytes()
+        path.write_bytes(raw[:6] + struct.pack("<HH", 6000, 4000) + raw[10:])
+        with pytest.raises(ValueError, match=r"6000x4000 pixels in \d+ bytes exceed the limit of \d+: downscale it"):
+            open_image(path)
+
+
+def test_libtiff_writes_nothing_to_the_terminal(tmp_path, capfd):
+    """A palette without colours: libtiff says so by itself, in a second line."""
+    entries = [(0x106, 3, 1, struct.pack("<HH", 3, 0)), (0x103, 3, 1, struct.pack("<HH", 5, 0))]
+    (tmp_path / "a.tiff").write_bytes(tiff(1, *entries))
+    with pytest.raises(ValueError, match=r"a\.tiff is not a readable image"):
+        open_image(tmp_path / "a.tiff")
+    assert capfd.readouterr().err == ""
+    os.write(2, b"again")
+    assert capfd.readouterr().err == "again"
