@@ -187,7 +187,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         vocab, rows = files.read_json(table, "a vocabulary"), _rows(files.read_text(pairs, "a list of merges"))
     if not isinstance(vocab, dict) or START not in vocab or END not in vocab:
         raise ValueError(f"{table} holds no {START} and {END}: this is not CLIP's vocabulary")
-    if any(type(i) is not int or i < 0 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
+    if any(type(i) is not int or not 0 <= i < 2**20 for i in vocab.values()) or len({*vocab.values()}) < len(vocab):
         raise ValueError(f"{table} does not give each token an integer of its own, from 0: this is not CLIP's vocabulary")
     return vocab, _pairs(rows, pairs)
 

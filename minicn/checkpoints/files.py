@@ -77,6 +77,7 @@ def read(path: str | Path) -> State:
     return {key: file.get(key) for key in file.shapes}
 
 
+HEADER_BYTES = 2**22  # of a .safetensors, at most; that of a whole Stable Diffusion with its moving average has 0.3 MB
 FLOATS = {"float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"}
 SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -115,8 +116,8 @@ def open_weights(path: str | Path) -> WeightFile:
     if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         return _open_pickle(path)
     if head[8:9] == b"{":
-        if int.from_bytes(head[:8], "little") > TEXT_BYTES:
-            raise ValueError(f"{path} is not a complete .safetensors file (a header of more than 16 MB): fetch it again")
+        if int.from_bytes(head[:8], "little") > HEADER_BYTES:
+            raise ValueError(f"{path} is not a complete .safetensors file (a header of more than 4 MB): fetch it again")
         return _open_safetensors(path)
     raise ValueError(f"{path} is not a weights file: it begins with {head[:8]!r}; name a .safetensors, .ckpt, .pth or .bin")
 

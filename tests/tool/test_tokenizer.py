@@ -187,6 +187,7 @@ DAMAGED = {
     "an id that is a list": {"vocab.json": json.dumps({**VOCAB, "a": [1]})},
     "an id that is true": {"vocab.json": json.dumps({**VOCAB, "a": True})},
     "an id beyond 64 bits": {"vocab.json": json.dumps({**VOCAB, "a": -(2**64)})},
+    "an id beyond what a text encoder has": {"vocab.json": json.dumps({**VOCAB, "a": 2**70})},
     "two tokens of one id": {"vocab.json": json.dumps({**VOCAB, "a": 1})},
     "merges of numbers": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB, "merges": [[1, 2]]}})},
     "merges of lists": {"tokenizer.json": json.dumps({"model": {"vocab": VOCAB, "merges": [[["a"], ["b"]]]}})},
