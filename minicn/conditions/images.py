@@ -17,7 +17,8 @@ from minicn.conditions.filters import resample
 from minicn.inputs import TRANSPARENT, hint_tensor, opacity, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # to read: none is a program, as EPS is
-PIXELS_A_BYTE = 8 * 1032  # of black and white, as deflate packs them: no picture holds more of its own
+PIXELS_A_BYTE = 8 * 1032  # of black and white, as deflate packs them: the most that a PNG, GIF, JPEG, BMP or PPM can hold
+UNBOUNDED = ("TIFF", "WEBP", "AVIF")  # their coders pack an even picture of any size into next to nothing
 LARGEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535, "AVIF": 65536}  # sides, pixels
 VERSIONS = ("v1.1", "v1.0")  # of ControlNet's annotators
 
@@ -65,7 +66,8 @@ def _decoded(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:  # Compat: given the name, Pillow 13 maps the file, and mixes up a turned TIFF's pixels
         image = Image.open(file, formats=FORMATS)
         size = os.fstat(file.fileno()).st_size
-        limit = min(Image.MAX_IMAGE_PIXELS or math.inf, max(2**22, PIXELS_A_BYTE * size))
+        held = math.inf if image.format in UNBOUNDED else max(2**22, PIXELS_A_BYTE * size)
+        limit = min(Image.MAX_IMAGE_PIXELS or math.inf, held)
         if image.width * image.height > limit:
             came = f"{image.width}x{image.height} pixels in {size} bytes"
             raise ValueError(f"{came} exceed the limit of {limit}: downscale it")

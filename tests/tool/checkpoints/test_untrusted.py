@@ -404,9 +404,7 @@ def test_names_cost_their_length(tmp_path):
 
 def test_a_header_has_a_size(tmp_path):
     path = with_header(tmp_path / "x.safetensors", b"{" + b" " * 2**24 + b"}", b"")
-    with pytest.raises(
-        ValueError, match=r"x\.safetensors is not a complete .safetensors file \(a header of more than 4 MB"
-    ):
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a complete .safetensors file \(a header of more than 4 MB"):
         files.open_weights(path)
 
 
