@@ -63,7 +63,7 @@ def copy_of_the_package(folder: Path) -> None:
         else:
             os.symlink(source, destination)
 
-    for name in ("minicn", "tests"):
+    for name in ("minicn", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, copy_function=copy, ignore=shutil.ignore_patterns("__pycache__"))
     for file in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy2(file, folder)
@@ -218,6 +218,26 @@ def main(argv: list[str] | None = None) -> int:
 # The bugs: file, then (what is wrong, old text, new text, the test that must fail)
 
 BUGS = {
+    "minicn/toy/judging.py": [
+        (
+            "the judge does not mind the background",
+            "return background == scene.background and found ==",
+            "return found ==",
+            "test_each_picture_is_right_for_its_own_caption_alone",
+        ),
+        (
+            "half a thing is a thing",
+            "found = self(seen).argmax(1)",
+            "found = self(seen)[:, :-1].argmax(1)",
+            "test_spoiled_scenes_are_wrong",
+        ),
+        (
+            "a thing counts, whatever its colour",
+            "append(found.get(thing.colour) == thing.kind)",
+            "append(thing.kind in found.values())",
+            "test_accuracy_counts_by_number_and_by_kind",
+        ),
+    ],
     "minicn/unet.py": [
         (
             "zero layers start as small random values",
