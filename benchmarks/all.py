@@ -1,4 +1,4 @@
-"""Measure every ratio of speed and memory that the README states, in one go, and keep them in results.json.
+"""Measure every ratio of speed and memory that docs/claims.md states, in one go, and keep them in results.json.
 
     python benchmarks/all.py --folder /tmp/full                      hours on two cores: all of them, at full width
     python benchmarks/all.py --folder /tmp/full --only toy load      some of them; the others stay as they were measured
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", choices=GROUPS, nargs="+", default=list(GROUPS), help="what to measure")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--quick", action="store_true", help="narrow models, in minutes, against limits")
-    parser.add_argument("--table", action="store_true", help="only print results.json as the README shows it")
+    parser.add_argument("--table", action="store_true", help="only print results.json as docs/claims.md shows it")
     args = parser.parse_args(argv)
     if not args.quick and not args.table and args.folder is None:
         parser.error("--folder is missing: name one with 6 GB, or give --quick")
@@ -161,7 +161,7 @@ def keep(figures: list[Figure]) -> None:
 
 
 def table(results: dict[str, dict]) -> list[str]:
-    """Return the README's lines: a ratio a row, a machine a column."""
+    """Return the lines of docs/claims.md: a ratio a row, a machine a column."""
     lines = [["ratio", *results], ["---"] * (1 + len(results))]
     for name in dict.fromkeys(name for figures in results.values() for name in figures):
         found = [figures[name]["ratio"] if name in figures else "-" for figures in results.values()]

@@ -1,9 +1,11 @@
-"""What the README says is executed: its snippets run, its file guide is complete, the tests it names exist."""
+"""What the README and docs/ say is executed: commands and snippets run, the map is complete, the tests named exist."""
 
 import csv
+import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,31 @@ import torch
 from PIL import Image
 
 import minicn
-from minicn import StableDiffusion, __main__, conditions, toy
+import train_toy
+from minicn import StableDiffusion, __main__, conditions, toy, training
 from minicn.conditions import palettes
+from tests.tool import test_house
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PATHS = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in PATHS}
+README = PAGES["README.md"]
+CLAIMS, FILES, HINTS, TRAINING = (PAGES[f"docs/{name}.md"] for name in ("claims", "files", "hints", "training"))
+SNIPPETS = [snippet for text in PAGES.values() for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+ALL = "\n".join(PAGES.values())
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def commands(text: str, program: str = "minicn") -> list[str]:
+    """Return the arguments of each line that calls the program, in a block of commands."""
+    return re.findall(rf"(?m)^    (?:.* && )?{re.escape(program)} (.*)$", text)
+
+
+def test_the_readme_has_at_most_1500_words():
+    assert len(README.split()) <= 1500
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -28,55 +49,86 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
         assert Image.open(tmp_path / "out.png").size == (128, 128)
 
 
-def test_the_two_minicn_commands_run(tmp_path, monkeypatch):
-    """The picture's line, `minicn condition` and `minicn generate`, word for word."""
-    commands = re.findall(r"^    minicn (.*)$", README.split("## The real")[0], re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["condition", "generate"]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_understood(page):
+    """Whether it needs a network, hours, or nothing: each line parses as it stands, and each option is one of ours."""
+    for line in commands(PAGES[page]) + commands(PAGES[page], "torchrun --nproc-per-node 2 -m minicn"):
+        __main__.parse_args(shlex.split(line))
+    for line in commands(PAGES[page], "python train_toy.py"):
+        train_toy.parse_args(shlex.split(line))
+    sources = [path for folder in ("minicn", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    sources = "".join(path.read_text("utf-8") for path in [*sources, ROOT / "train_toy.py"])
+    known = set(re.findall(r'"(--[a-z-]+)"', sources))
+    known |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(training.Recipe)}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGES[page]))
+    assert named <= known | {"--nproc-per-node", "--help"}
+
+
+def test_what_is_installed_is_an_extra_and_leaves_the_clone_in_place():
+    """`pip install '.[hub]'` would replace the editable installation of requirements.txt by a copy."""
+    extras = re.search(r"(?s)optional-dependencies\]\n(.*?)\n\n", (ROOT / "pyproject.toml").read_text("utf-8"))[1]
+    text = ALL + (ROOT / "notebooks" / "README.md").read_text("utf-8")
+    lines = re.findall(r"(?m)pip install .*?(?=`| && |$)", text)
+    for line in lines:
+        extra = re.fullmatch(r"pip install (?:-r requirements\.txt|-e '\.\[(\w+)\]')", line)
+        assert extra, line
+        assert not extra[1] or f"{extra[1]} = [" in extras
+
+
+def test_the_first_pictures_are_drawn(tmp_path, monkeypatch):
+    """The commands of the first minute, and those for a drawing of one's own, word for word."""
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r'^    python -c "(.*)"$', README, re.MULTILINE)[1], {})
+    for title in ("A picture in ten seconds", "Your own drawing"):
+        for line in commands(section(README, title)):
+            assert __main__.main(shlex.split(line)) == 0
+        assert Image.open("out.png").size == (128, 128)
+        shutil.move("out.png", "before.png")
+        shutil.copy("scene/drawing.png", "drawing.png")
     assert f'--prompt "{toy.scene(1, "test").caption}"' in README
-    for command in commands:
-        assert __main__.main(shlex.split(command)) == 0
-    assert Image.open("out.png").size == Image.open("picture.png").size
-
-
-def test_the_commands_for_real_weights_are_commands():
-    """What cannot be run without the weights is at least understood, and ends where a file is missing."""
-    text = README.split("## The real")[1].split("## Train on")[0]
-    commands = re.findall(r"^    minicn (.*)$", text, re.MULTILINE)
-    assert [__main__.parse_args(shlex.split(command)).command for command in commands] == ["generate", "inspect", "convert"]
+    known = section(README, "A picture in ten seconds").replace("\n", " ")
+    assert f"({', '.join(toy.THINGS)}) in six colours ({', '.join(toy.COLOURS)})" in known
+    *backgrounds, last = toy.BACKGROUNDS
+    assert f"on a {', '.join(backgrounds)} or {last} background" in known
 
 
 def test_the_commands_for_training_run(tmp_path, monkeypatch):
     """`make-data`, `check-data` and `train`, as they stand but for the numbers, which are smaller here."""
-    commands = re.findall(r"^    minicn (.*)$", README.split("## Train on")[1].split("\n## ")[0], re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["make-data", "check-data", "train", "train"]
+    lines = commands(section(TRAINING, "On your own pictures"))
+    assert [line.split()[0] for line in lines] == ["make-data", "check-data", "train", "train"]
+    assert commands(section(README, "Your own data")) == lines[:3]
     monkeypatch.chdir(tmp_path)
-    for command in commands:
-        fewer = command.replace("1000", "1") + (" --batch-size 1 --pictures 0" if command.startswith("train") else "")
+    for line in lines:
+        fewer = line.replace("1000", "1") + (" --batch-size 1 --pictures 0" if line.startswith("train") else "")
         assert __main__.main(shlex.split(fewer)) == 0
     assert (tmp_path / "runs" / "circles" / "diffusers" / "config.json").is_file()
-    [several] = re.findall(r"^    torchrun --nproc-per-node 2 -m minicn (.*)$", README, re.MULTILINE)
+    [several] = commands(TRAINING, "torchrun --nproc-per-node 2 -m minicn")
     assert several in (ROOT / ".ci" / "run").read_text()  # which runs it
 
 
 def test_the_file_guide_names_every_file_and_no_other():
-    """Each module of the package is in the table, and everything in the table exists."""
-    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", README.split("## Where to learn what")[1].split("## Claims")[0]))
+    """Each module of the package is in the table, and everything in the tables exists."""
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", FILES))
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minicn").rglob("*.py")}
     modules -= {name for name in modules if name.endswith("__init__.py")}
     assert modules <= named
     assert all((ROOT / name).exists() for name in named)
 
 
+def test_the_map_of_the_book_is_the_book():
+    """The README's ten files and the page of the loop; `test_house.py` holds what they may import."""
+    ten = {f"minicn/{name}.py" for name in test_house.BOOK}
+    assert len(ten) == 10
+    assert set(re.findall(r"`([\w/]+\.py)`", section(README, "A map of the book"))) == ten | {"train_toy.py"}
+
+
 def test_the_hints_named_are_the_eleven():
-    table = README.split("## Hints")[1].split("What ships")[0]
+    table = section(HINTS, "Make a hint").split("What is transparent")[0]
     assert sorted(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.*?) \|", table)))) == sorted(conditions.NAMES)
 
 
 def test_the_tests_named_in_the_table_exist():
-    """A claim's test is where the README says."""
-    table = README.split("## Claims")[1].split("## Paper vs code")[0]
+    """A claim's test is where the table says."""
+    table = section(CLAIMS, "Claims, tests, measured values")
     sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
     names = re.findall(r"`(test_\w+)`", table)
     assert len(names) >= 4
@@ -104,38 +156,45 @@ def dimming():
 
 
 def test_numbers_are_recomputed():
-    """What the README counts is counted again. (What it measured is in logs, cards, and benchmarks.)"""
+    """What the pages count is counted again. (What it measured is in logs, cards, and benchmarks.)"""
     models = (minicn.UNet, minicn.ControlNet, minicn.VAE, minicn.TextEncoder)
     counts = [parameters(model) for model in models]
     u, c, v, t = [f"{tensors} tensors, {numbers:,} parameters" for tensors, numbers in counts]
     short = [text.replace(" tensors", "").replace(" parameters", "") for text in (c, v, t)]
-    assert f"U-Net {u}; ControlNet {short[0]}; VAE {short[1]}; text {short[2]}" in README
-    assert "six things, eleven colours" in README
+    assert f"U-Net {u}; ControlNet {short[0]}; VAE {short[1]}; text {short[2]}" in ALL
+    assert "six things, eleven colours" in ALL
     assert (len(toy.THINGS), len(toy.COLOURS) + len(toy.BACKGROUNDS)) == (6, 11)
-    assert "the 150 and 182 colours" in README
+    assert "the 150 and 182 colours" in ALL
     assert (len(palettes.ADE20K_COLOURS), len(palettes.COCO_STUFF_COLOURS)) == (150, 182)
-    assert "48 times fewer numbers" in README
+    assert "48 times fewer numbers" in ALL
     assert minicn.VAE().encode(torch.zeros(1, 3, 64, 64))[0].numel() * 48 == 3 * 64 * 64
-    assert "dims a hint 6000 times" in README
+    assert "dims a hint 6000 times" in ALL
     assert 4000 < dimming() < 9000
-    assert "12 + 1 + 12 blocks" in README
+    assert "12 + 1 + 12 blocks" in ALL
     unet = StableDiffusion.load("toy").unet
     assert (len(unet.input_blocks), len(unet.output_blocks)) == (12, 12)
-    assert "Prompts are cut at 77 tokens" in README
+    assert "Prompts are cut at 77 tokens" in ALL
     assert minicn.TextConfig().max_positions == 77
 
 
 def test_links_and_pictures_exist():
-    """Every relative link of the README leads to a file."""
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    """Every relative link leads to a file, and to a heading of it; every page is reached from the README."""
+    for page, text in [*PAGES.items(), ("CONTRIBUTING.md", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))]:
+        for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+            if not target.startswith("https://"):
+                path = (ROOT / page).parent / target if target else ROOT / page
+                assert path.exists(), f"{page}: {target}"
+                titles = re.findall(r"(?m)^#+ (.*)$", path.read_text("utf-8")) if path.suffix == ".md" else []
+                anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+                assert not heading or heading in anchors, f"{page}: {target}#{heading}"
+    assert all(f"]({page})" in README for page in PAGES if page != "README.md")
 
 
 def test_the_scores_of_the_log_are_those_of_the_log():
-    """The following scores that the README quotes stand in the log of the ControlNet that ships."""
+    """The following scores that are quoted stand in the log of the ControlNet that ships."""
     with open(ROOT / "minicn" / "toy" / "controlnets" / "canny" / "log.csv") as file:
         scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
-    quoted = re.search(r"following score (.*?) \(16 held-out", README)[1]
+    quoted = re.search(r"following score (.*?) \(16 held-out", CLAIMS)[1]
     pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
     assert len(pairs) == 3
     assert all(f"{scores[step]:.2f}" == score for score, step in pairs)
@@ -144,7 +203,7 @@ def test_the_scores_of_the_log_are_those_of_the_log():
 def test_the_table_of_speeds_is_what_was_measured():
     """Every ratio is the one in benchmarks/results.json, each machine and each figure there has its place, and no other."""
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text("utf-8"))
-    lines = re.findall(r"(?m)^\| (.*) \|$", README.split("## Speed\n")[1].split("\n## ")[0])
+    lines = re.findall(r"(?m)^\| (.*) \|$", section(CLAIMS, "Speed"))
     (_, *machines), _, *rows = [line.split(" | ") for line in lines]
     assert machines == list(results)
     shown = {(name, machine): cell for name, *cells in rows for machine, cell in zip(machines, cells, strict=True)}

@@ -12,8 +12,8 @@ from minicn.checkpoints import hub
 from minicn.toy import measures
 from minicn.trainer import recording
 
-README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
-TABLE = README.split("## Hints")[1].split("\n## ")[0]
+CLAIMS = (Path(__file__).parents[3] / "docs" / "claims.md").read_text("utf-8")
+TABLE = CLAIMS.split("## What ships")[1].split("\n## ")[0]
 
 
 def log(condition: str, name: str = "log.csv") -> list[dict[str, float]]:
@@ -45,8 +45,8 @@ def test_it_follows_its_own_hint_and_no_other(sd, condition):
 
 
 @pytest.mark.parametrize("condition", conditions.NAMES)
-def test_card_and_readme_say_what_the_log_says(condition):
-    """Steps trained, steps between which it began to follow, and the measured score, in the card and in the README."""
+def test_card_and_table_say_what_the_log_says(condition):
+    """Steps trained, steps between which it began to follow, and the measured score, in the card and in docs/claims.md."""
     rows = log(condition)
     i = next(i for i, row in enumerate(rows) if row["score"] >= recording.FOLLOWS)
     before, after, last = rows[i - 1], rows[i], rows[-1]
@@ -65,7 +65,7 @@ def test_card_and_readme_say_what_the_log_says(condition):
 
 
 def test_with_pytorchs_first_weights_following_begins_ten_times_later():
-    """The README's and `controlnet.start`'s claim, from the two logs: after 2500 steps instead of 150."""
+    """The claim of docs/claims.md and of `controlnet.start`, from the two logs: after 2500 steps instead of 150."""
     begins = []
     for name in ("log.csv", "log_pytorch_start.csv"):
         rows = log("depth", name)
@@ -73,4 +73,4 @@ def test_with_pytorchs_first_weights_following_begins_ten_times_later():
             next(before["step"] for before, row in zip(rows, rows[1:], strict=False) if row["score"] >= recording.FOLLOWS)
         )
     assert begins == [150, 2500]
-    assert "after 150 steps instead of 2500" in README
+    assert "after 150 steps instead of 2500" in CLAIMS
