@@ -92,8 +92,7 @@ def _hub(what: str):
         import huggingface_hub
     except ImportError as error:
         raise FileNotFoundError(
-            f"{what} is not a file or folder here; to fetch it from the Hugging Face hub, install huggingface_hub "
-            "(the extra hub: pip install 'minicn[hub]')"
+            f"{what} is not a file or folder here; to fetch it from the Hugging Face hub, run  pip install huggingface_hub"
         ) from error
     return huggingface_hub
 
