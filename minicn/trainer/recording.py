@@ -6,6 +6,7 @@ seeds are drawn at every stage and scored, and numbers that do change are logged
 
 import contextlib
 import csv
+import json
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -286,7 +288,7 @@ class Run:
 
     def save_sheet(self, validation: Validation, rows: int = 6, most: int = 11) -> Path:
         """Draw sheet.png: hint, truth, then the same seeds at up to `most` stages: the first, the last, those around the
-        one where it begins to follow, the others evenly chosen.
+        one where it begins to follow, the others evenly chosen. The PNG holds the run's settings.
         """
         stages = [(0, None)] + [(row["step"], row["score"]) for row in self.rows if row["step"]]
         begins = next((i for i, row in enumerate(self.rows) if row["score"] >= FOLLOWS), None)
@@ -307,8 +309,9 @@ class Run:
         for i, (title, column) in enumerate(columns):
             draw.text((i * (side + gap) + 3, 1), title, fill="black", spacing=1)
             sheet.paste(Image.fromarray(column[:height]), (i * (side + gap), head))
-        path = self.folder / "sheet.png"
-        conditions.save_image(sheet, path)
+        path, text = self.folder / "sheet.png", PngInfo()
+        text.add_text("minicn", json.dumps(self.settings, default=str))
+        conditions.save_image(sheet, path, pnginfo=text)
         return path
 
     def save_curve(self) -> Path | None:

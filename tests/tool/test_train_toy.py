@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -78,6 +79,8 @@ def test_a_run_leaves_log_sheet_checkpoint_and_weights(run):
     assert [row["step"] for row in rows] == ["0", "4"]
     sheet = Image.open(run / "sheet.png")
     assert sheet.size == (4 * 132 - 4, 30 + 128)
+    settings = json.loads(sheet.text["minicn"])
+    assert (settings["condition"], settings["batch_size"], settings["lr"]) == ("canny", 1, 3e-4)
     assert np.array_equal(np.asarray(sheet)[30:158, :128], toy.scene(0, "test").hint("canny"))
     net = ControlNet.load(run / "controlnet.safetensors", unet=StableDiffusion.load("toy").unet)
     assert all(zero[0].weight.abs().max() > 0 for zero in net.zero_convs)
