@@ -369,3 +369,14 @@ def test_prompt_share_misses_one_colour():
         less = image.copy()
         less[10:30, 40 * i : 40 * i + 20] = toy.BACKGROUNDS[scene.background]
         assert measures.prompt_share([less], [scene]) == 0.0
+
+
+def test_a_scribble_is_followed_within_two_pixels():
+    """A line two pixels off counts, three do not; and so for a picture moved against its scribble."""
+    wanted = np.zeros((20, 20), bool)
+    wanted[5, 5:15] = True
+    assert [measures.f1(np.roll(wanted, off, axis=0), wanted, pixels=2) for off in (2, 3)] == [1.0, 0.0]
+    scene = toy.scene(6, "test")
+    moved, outlines = np.roll(scene.image, 2, axis=(0, 1)), scene.outlines()
+    values = [measures.f1(measures.edges(moved), outlines, pixels) for pixels in (1, 2)]
+    assert measures.measure("scribble")(moved, scene) == values[1] > values[0] + 0.2
