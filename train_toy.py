@@ -33,8 +33,7 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     settings = {"condition": args.condition, "pictures": args.pictures, "scenes": args.scenes, "model": resuming.digest(sd)}
     run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
     run.prepare(args.resume)
-    scenes = min(args.scenes, args.steps * args.batch_size)
-    data = examples.from_scenes(sd, toy.scenes(scenes, "train", args.condition), args.condition)
+    data = examples.from_toy(sd, args.condition, args.scenes, recipe)
     validation = held_out(sd, args) if args.pictures else None
 
     # 2. The trainable copy of its encoder, joined to it by zero convolutions; or a pretrained one.
@@ -103,7 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     names = "steps batch_size lr seed drop_prompt connect unlock unlock_lr"
     depends = {"batch_size": "4, with --base 32", "lr": "3e-4, with --base 1e-3"}
     runs.add_recipe(add, names, steps=10000, unlock_lr=1e-4, **depends)
-    add("--scenes", type=cli.whole(1, 10**6), default=4096, help="training scenes, of which steps x batch size are drawn")
+    add("--scenes", type=cli.whole(1, 10**6), default=4096, help="training scenes; drawn are those that the steps show")
     pictures = "held-out scenes that are drawn and scored during training; 0: none"
     runs.add_run(add, pictures=16, pictures_help=pictures, guidance_scale=3.0)
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")

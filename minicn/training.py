@@ -63,11 +63,14 @@ class Examples:
     contexts  (M, 77, C)     text features of the M different prompts; row 0 is the empty prompt
     prompt    (N,)           each example's row of `contexts`
 
+    rows      (S,)           where each sample lies in the N of the others, if not all are there; by default each is
+
     trainer/examples.py makes them from toy scenes or a data folder.
     """
 
-    def __init__(self, latents: Tensor, hints: Tensor, contexts: Tensor, prompt: Tensor):
+    def __init__(self, latents: Tensor, hints: Tensor, contexts: Tensor, prompt: Tensor, rows: Tensor | None = None):
         self.latents, self.hints, self.contexts, self.prompt = latents, hints, contexts, prompt
+        self.rows = torch.arange(len(latents)) if rows is None else rows
 
     def batch(
         self,
@@ -84,20 +87,36 @@ class Examples:
         50% dropping: where the prompt is empty, the ControlNet must learn from the hint alone what is there.
         Paper vs code: the released training code drops none.
         """
-        random = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        samples = torch.randint(len(self.latents), (size,), generator=random)
+        samples, random = draw_samples(len(self.rows), seed, step, size)
         dropped = torch.rand(size, generator=random) < drop_prompt
         timesteps = torch.randint(ddim.NUM_TRAIN_TIMESTEPS, (size,), generator=random)
         noise = torch.randn((size, *self.latents.shape[1:]), generator=random)
-        samples, prompts = samples[part], torch.where(dropped, 0, self.prompt[samples])[part]
+        rows = self.rows[samples]
+        rows, prompts = rows[part], torch.where(dropped, 0, self.prompt[rows])[part]
         return Batch(
-            samples,
-            send(self.latents[samples], device),
+            samples[part],
+            send(self.latents[rows], device),
             send(noise[part], device),
-            send(self.hints[samples], device).float().div(255),
+            send(self.hints[rows], device).float().div(255),
             send(timesteps[part], device),
             send(self.contexts[prompts], device),
         )
+
+
+def draw_samples(count: int, seed: int, step: int, size: int) -> tuple[Tensor, torch.Generator]:
+    """Return which of `count` samples a step is shown, (size,), and the generator of all else that it draws."""
+    random = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randint(count, (size,), generator=random), random
+
+
+def seen(recipe: Recipe, count: int) -> list[int]:
+    """List, in order, those of `count` samples that the steps of a recipe are shown."""
+    found: set[int] = set()
+    for step in range(1, recipe.steps + 1):
+        if len(found) == count:
+            break
+        found.update(draw_samples(count, recipe.seed, step, recipe.batch_size)[0].tolist())
+    return sorted(found)
 
 
 def send(tensor: Tensor, device: str | torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -118,24 +118,30 @@ def scene(index: int, split: str = "train") -> Scene:
         raise ValueError(f'split is {split!r}, but the toy world has "train" and "test"')
     if index < 0:
         raise ValueError(f"index is {index}, but scenes are numbered from 0")
-    # Numerics: random() of a seeded random.Random is the one stream that Python promises never to change.
-    draw = random.Random(index * 2 + (split == "test")).random
-    things, background, relation = _compose(draw, odd=split == "test")
+    things, background, relation = _composed(index, split)
     return Scene(index, split, things, background, _caption(things, background, relation), *render(things, background))
 
 
-def scenes(count: int, split: str = "train", condition: str | None = None, first: int = 0) -> Iterator[Scene]:
+def scenes(
+    count: int,
+    split: str = "train",
+    condition: str | None = None,
+    first: int = 0,
+    only: Collection[int] | None = None,
+) -> Iterator[Scene]:
     """Draw `count` scenes of a split, one after the other, with a progress bar.
 
     condition  for a pose only scenes with people, whose hint shows something; else, and for None, every scene
     first      the number of the first scene
+    only       of these scenes, counted from 0, those to draw; by default all
     """
-    numbers = itertools.count(first)
-    for _ in tqdm(range(count), desc=f"drawing {split} scenes", unit="scene", leave=False):
-        made = scene(next(numbers), split)
-        while condition in ("openpose", "openpifpaf") and not made.hint(condition).any():
-            made = scene(next(numbers), split)
-        yield made
+    numbers: Iterable[int] = itertools.count(first)
+    if condition in ("openpose", "openpifpaf"):
+        numbers = (i for i in numbers if any(thing.kind == "person" for thing in _composed(i, split)[0]))
+    numbers = (i for place, i in enumerate(itertools.islice(numbers, count)) if only is None or place in only)
+    total = count if only is None else len(only)
+    for number in tqdm(numbers, desc=f"drawing {split} scenes", unit="scene", total=total, leave=False):
+        yield scene(number, split)
 
 
 def name_colours(image: np.ndarray) -> np.ndarray:
@@ -186,6 +192,12 @@ def _shades() -> tuple[np.ndarray, np.ndarray]:
 
 
 # Composition: what stands where
+
+
+def _composed(index: int, split: str) -> tuple[tuple[Thing, ...], str, str]:
+    """Return the composition of scene number `index` of a split."""
+    # Numerics: random() of a seeded random.Random is the one stream that Python promises never to change.
+    return _compose(random.Random(index * 2 + (split == "test")).random, odd=split == "test")
 
 
 def _compose(draw, odd: bool) -> tuple[tuple[Thing, ...], str, str]:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minicn import toy
+from minicn import toy, training
 from minicn.checkpoints import files
 from minicn.pipeline import StableDiffusion
 from minicn.trainer import data, resuming
 from minicn.trainer.recording import encode, stack
-from minicn.training import Examples
+from minicn.training import Examples, Recipe
 
 MADE_OF = "minicn.made_of"  # in a kept file's metadata: which model and data it was made of
 
@@ -29,11 +29,22 @@ class HintsOnDisk:
         return stack([data.load_pair(self.pairs[i], self.size)[0] for i in samples.tolist()])
 
 
-def from_scenes(sd: StableDiffusion, scenes: Iterable[toy.Scene], condition: str) -> Examples:
-    """Encode toy scenes with a model's autoencoder and text encoder."""
+def from_toy(sd: StableDiffusion, condition: str, count: int, recipe: Recipe) -> Examples:
+    """Draw and encode the toy's first `count` training scenes, but only those that the recipe's steps are shown.
+
+    Numerics: not only those that are left when a run is resumed: in other batches their latents would round differently.
+    """
+    seen = training.seen(recipe, count)
+    rows = torch.full((count,), len(seen))  # what is not there is an error, not another scene
+    rows[seen] = torch.arange(len(seen))
+    return from_scenes(sd, toy.scenes(count, "train", condition, only=set(seen)), condition, rows)
+
+
+def from_scenes(sd: StableDiffusion, scenes: Iterable[toy.Scene], condition: str, rows: Tensor | None = None) -> Examples:
+    """Encode toy scenes with a model's autoencoder and text encoder; `rows` as in `Examples`."""
     kept = [(scene.image, scene.hint(condition), scene.caption) for scene in scenes]  # not the 0.3 MB of the rest
     images, hints, captions = zip(*kept, strict=True)
-    return Examples(encode(sd.vae, stack(images)), stack(hints), *encode_prompts(sd, captions))
+    return Examples(encode(sd.vae, stack(images)), stack(hints), *encode_prompts(sd, captions), rows)
 
 
 def from_pairs(

@@ -24,7 +24,7 @@ from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
 from minicn.trainer import resuming
 from minicn.trainer.distributed import init_distributed
-from minicn.trainer.recording import StopRequest, check_resume, encode, save_whole
+from minicn.trainer.recording import StopRequest, check_folder, encode, save_whole
 from minicn.training import learning_rate_factor, send
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, AttnBlock, Downsample, ResnetBlock, Upsample, VAEConfig
@@ -375,9 +375,7 @@ def train_base(
     for the others once per step, the threads of one process at every layer.
     """
     rank, world = init_distributed()
-    check_resume(output / "checkpoint.pt", resume)
-    if not resume:
-        resuming.check_free(output, RESULTS, ())
+    check_folder(output, resume, RESULTS)
     output.mkdir(parents=True, exist_ok=True)
     start = None if model is None else StableDiffusion.load(model, device=device)
     checkpoints = [

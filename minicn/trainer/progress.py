@@ -78,7 +78,9 @@ class Progress:
         self.run.release()
 
     def resume(self) -> None:
-        """Go on from the run's newest checkpoint. Warns if the number of threads has changed since."""
+        """Go on from the run's newest checkpoint, if there is one. Warns if the number of threads has changed since."""
+        if not resuming.resumable(self.run.folder):
+            return
         state = self.run.load(self.check)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

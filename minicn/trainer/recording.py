@@ -42,7 +42,7 @@ def stack(pictures: Sequence[np.ndarray]) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: VAE, images: Tensor, batch_size: int = 32) -> Tensor:
+def encode(vae: VAE, images: Tensor, batch_size: int = 8) -> Tensor:
     """Return scaled latents (N, 4, H/8, W/8) on the CPU of pictures (N, 3, H, W) uint8: the means, without noise."""
     chunks, like = [], vae.quant_conv.weight
     for chunk in tqdm(images.split(batch_size), desc="encoding", unit="batch", leave=False):
@@ -138,12 +138,19 @@ def save_whole(state: dict, path: Path) -> None:
         torch.save(state, new)
 
 
-def check_resume(checkpoint: Path, resume: bool) -> None:
-    """Raise ValueError for a checkpoint without `resume`, FileNotFoundError for `resume` without a checkpoint."""
-    if checkpoint.is_file() and not resume:
-        raise ValueError(f"{checkpoint.parent} already holds a run: --resume continues it, another --output starts anew")
-    if resume and not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint.parent} holds no checkpoint: leave out --resume to start a new run")
+def check_folder(folder: Path, resume: bool, results: Sequence[str], reports: Sequence[str] = ()) -> bool:
+    """Return whether there is a run to resume in a folder; where there is none, `resume` begins it, with a note.
+
+    Raises ValueError for a run without `resume`, or if a new one would replace what is not its own, see `check_free`.
+    """
+    found = resuming.resumable(folder)
+    if found and not resume:
+        raise ValueError(f"{folder} already holds a run: --resume continues it, another --output starts anew")
+    if not found:
+        resuming.check_free(folder, results, reports)
+        if resume:
+            warnings.warn(f"{folder} holds no checkpoint yet: the run begins", stacklevel=1)
+    return found
 
 
 class Run:
@@ -179,18 +186,16 @@ class Run:
     def prepare(self, resume: bool) -> None:
         """Take the folder for this run, until `release`. What lies in it stays as it is.
 
-        Raises ValueError if it holds another run, or none to resume, or something in a result's place, or is in use.
+        Raises ValueError if it holds another run, or something in a result's place, or is in use.
         """
-        check_resume(self.checkpoint, resume)
-        if not resume:
-            resuming.check_free(self.folder, self.RESULTS, self.REPORTS)
+        found = check_folder(self.folder, resume, self.RESULTS, self.REPORTS)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = resuming.lock(self.folder)
         try:
             for name in self.REPORTS:
                 if (self.folder / name).is_symlink():
                     raise ValueError(f"{self.folder / name} is a link: a run writes nothing elsewhere; remove it")
-            if resume:
+            if found:
                 self.load()
         except BaseException:
             self.release()

@@ -129,6 +129,11 @@ def check_log(state: dict, path: Path) -> None:
         raise Damaged(f"{path} is damaged: its {wrong[0]} is not what a run writes")
 
 
+def resumable(folder: Path) -> bool:
+    """Tell whether a run left a checkpoint in a folder: whole, damaged, or only an older one."""
+    return any(folder.glob("checkpoint*.pt"))
+
+
 def check_free(folder: Path, results: Sequence[str], reports: Sequence[str]) -> None:
     """Raise ValueError if a new run in a folder would replace what is not its own.
 

@@ -96,6 +96,16 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run, capsys):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_short_run_goes_on_to_more_steps(tmp_path, capsys):
+    """As the README does; --resume also begins a run that was killed before its first checkpoint, with a note."""
+    wide = ["--scenes", "4096", "--pictures", "0"]
+    train(tmp_path, "--steps", "2", *wide, "--resume")
+    assert f"note: {tmp_path} holds no checkpoint yet: the run begins\n" in capsys.readouterr().err
+    train(tmp_path, "--steps", "5", *wide, "--resume")
+    assert "holds no checkpoint" not in capsys.readouterr().err
+    assert [row["step"] for row in log(tmp_path)] == ["0", "2", "4", "5"]
+
+
 def test_before_training_the_score_is_zero(run):
     """Eq. (4) in the log: at step 0 the pictures are those without control, so the score is 0."""
     first = log(run)[0]
@@ -190,7 +200,6 @@ def test_the_base_can_go_on_from_a_model(tmp_path):
         (["--device", "meta"], "computes nothing"),
         (["--condition", "smell"], "canny"),
         (["--model", "nowhere"], "nowhere is not a file or folder"),
-        (["--resume"], "holds no checkpoint"),
     ],
 )
 def test_train_toy_refuses_in_one_line(tmp_path, refused, arguments, words):

@@ -501,8 +501,10 @@ def test_scenes_for_a_condition_all_show_it():
     assert every == [(i, "test") for i in range(12)]
     assert [s.index for s in toy.scenes(12, "test", "depth")] == list(range(12))
     assert [s.index for s in toy.scenes(3, "test", first=7)] == [7, 8, 9]
+    assert [s.index for s in toy.scenes(9, "test", first=7, only={0, 5, 11})] == [7, 12]
     want = [s.index for s in scenes("test") if len(s.keypoints)]
     assert [s.index for s in toy.scenes(5, "test", "openpose")] == want[:5]
+    assert [s.index for s in toy.scenes(3, "test", "openpose", only={2})] == [want[2]]
 
 
 def test_errors_name_what_is_known():

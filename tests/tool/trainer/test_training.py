@@ -22,7 +22,7 @@ from minicn.checkpoints import files, hub, weights
 from minicn.checkpoints.models import load_model
 from minicn.commands import cli
 from minicn.trainer import data, loop, memory, recording
-from minicn.trainer.examples import from_pairs, from_scenes
+from minicn.trainer.examples import from_pairs, from_scenes, from_toy
 from minicn.unet import Block
 
 ROOT = Path(__file__).parents[3]
@@ -54,6 +54,23 @@ def few(dezero):
 @pytest.fixture(scope="module")
 def examples(sd):
     return from_scenes(sd, toy.scenes(6), "canny")
+
+
+def test_scenes_are_those_that_the_steps_show(few):
+    """Only these are drawn; a batch is the same whatever the number of steps, as if all were."""
+    every = from_scenes(few, toy.scenes(20, "train", "openpose"), "openpose")
+    for steps in (2, 4):
+        shown, samples = from_toy(few, "openpose", 20, training.Recipe(steps, 2)), set()
+        for step in range(1, steps + 1):
+            batch, like = (each.batch(0, step, 2, 0.5, "cpu") for each in (shown, every))
+            samples |= set(batch.samples.tolist())
+            assert torch.equal(batch.samples, like.samples)
+            assert torch.equal(batch.hints, like.hints)
+            assert (batch.latents - like.latents).abs().max() < 1e-3
+            assert (batch.context - like.context).abs().max() < 1e-3
+        assert len(shown.latents) == len(samples) < 20
+    with pytest.raises(IndexError):
+        shown.batch(0, 7, 9, 0.5, "cpu")  # not a step of this recipe
 
 
 def fresh(sd, seed=0):
@@ -483,7 +500,6 @@ def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
         (["--resolution", "100"], "must be a multiple of 8"),
         (["--model", "{tmp}/none"], "is not a file or folder"),
         (["--controlnet", "{tmp}/none"], "is not a file or folder"),
-        (["--resume"], "holds no checkpoint"),
         (["--connect", "left"], "'left'"),
         (["--output", "{tmp}/file/run"], "cannot be made"),
     ],
