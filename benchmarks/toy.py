@@ -15,6 +15,7 @@ import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from minicn import ControlNet, StableDiffusion, conditions, toy
 from minicn.toy import judging, measures
@@ -34,10 +35,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def bar(batches, what):
+    return tqdm(batches, desc=what, unit="batch", leave=False)
+
+
 def draw(sd, scenes, guidance_scale, condition="canny", net=None, batch=25):
     """Draw each scene from its caption with its own seed row; with its hint if a ControlNet is given."""
     images = []
-    for i in range(0, len(scenes), batch):
+    for i in bar(range(0, len(scenes), batch), "drawing pictures"):
         chunk = scenes[i : i + batch]
         hints = recording.stack([scene.hint(condition) for scene in chunk]).float() / 255
         images += sd.generate(
@@ -59,7 +64,7 @@ def main() -> None:
     rows = []
 
     latents = recording.encode(sd.vae, recording.stack(truths))
-    through_vae = [image for chunk in latents.split(25) for image in sd.decode_latents(chunk.to(sd.device))]
+    through_vae = [image for chunk in bar(latents.split(25), "decoding") for image in sd.decode_latents(chunk.to(sd.device))]
     measure, what = measures.measure(args.condition), args.condition
     ceiling = measures.mean(measure, through_vae, scenes)
     plain = draw(sd, scenes, args.guidance_scale)

@@ -147,6 +147,11 @@ class ControlNet(nn.Module):
 
         models.save_model("controlnet", self, path, layout, dtype)
 
+    def __repr__(self) -> str:
+        like, size = next(self.parameters()), sum(p.numel() for p in self.parameters()) / 1e6
+        held = f"{like.dtype} on {like.device}".removeprefix("torch.")
+        return f"<ControlNet for a U-Net of width {self.cfg.unet.model_channels}, {held}; million parameters: {size:.1f}>"
+
     def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor | None]:
         """Return 12 residuals for the skips (None where `only_middle`), then 1 for the middle block.
 

@@ -92,7 +92,7 @@ def sample(
     after      changes x after step i: x = after(x, i)
     """
     visited = timesteps(num_steps)
-    for i in tqdm(range(begin, num_steps), desc="denoising", unit="step", disable=not progress):
+    for i in tqdm(range(begin, num_steps), desc="denoising", unit="step", leave=None, disable=not progress):
         eps = predict(x, visited[i], i)
         noise = torch.randn(x.shape, generator=generator).to(x) if eta else None
         x = ddim_step(x, eps, abar[visited[i]], abar[next_timestep(visited[i], num_steps)], eta, noise)

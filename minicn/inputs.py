@@ -3,6 +3,7 @@
 import math
 import numbers
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,13 +47,17 @@ def opacity(image: Image.Image) -> np.ndarray | None:
     return None if alpha is None or alpha.min() == 255 else alpha
 
 
-def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
+def hint_tensor(hint: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:
     """Turn a picture into a hint, (B, 3, H, W) float32 in [0, 1].
 
-    hint  PIL picture of any mode; array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8; or float tensor
+    hint  PIL picture of any mode; the path of one; array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8; or float tensor
           (3, H, W) or (B, 3, H, W) in [0, 1]
     Raises TypeError or ValueError for anything else. What is transparent becomes white, with a warning.
     """
+    if isinstance(hint, (str, Path)):
+        from minicn.conditions.images import open_image
+
+        hint = open_image(hint)
     if isinstance(hint, np.ndarray):
         if hint.dtype != np.uint8 or hint.ndim not in (2, 3) or (hint.ndim == 3 and hint.shape[2] not in (1, 3, 4)):
             raise ValueError(
@@ -66,7 +71,7 @@ def hint_tensor(hint: Image.Image | np.ndarray | Tensor) -> Tensor:
         pixels = np.array(to_rgb(hint))
         return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     if not isinstance(hint, Tensor):
-        raise TypeError(f"hint is {type(hint).__name__}, but must be a picture, an array or a tensor")
+        raise TypeError(f"hint is {type(hint).__name__}, but must be a picture, its path, an array or a tensor")
     if hint.ndim == 3:
         hint = hint[None]
     if hint.ndim != 4 or hint.shape[1] != 3 or not hint.is_floating_point():

@@ -23,7 +23,7 @@ from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE
 
-Hint = Image.Image | np.ndarray | Tensor
+Hint = str | Path | Image.Image | np.ndarray | Tensor
 DEFAULT_PROMPT = "a professional, detailed, high-quality image"  # the paper's "default prompt"
 
 
@@ -74,6 +74,12 @@ class StableDiffusion:
         for model in (self.unet, self.vae, self.text_encoder):
             model.to(device)
         return self
+
+    def __repr__(self) -> str:
+        parts = {"U-Net": self.unet, "autoencoder": self.vae, "text encoder": self.text_encoder}
+        sizes = (f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f}" for name, part in parts.items())
+        side, held = self.image_size, f"{self.dtype} on {self.device}".removeprefix("torch.")
+        return f"<StableDiffusion for {side}x{side} pixels, {held}; million parameters: {', '.join(sizes)}>"
 
     @property
     def image_size(self) -> int:
@@ -160,7 +166,7 @@ class StableDiffusion:
 
         prompt               text; a list of texts, one picture each (then num_images must be 1); or a captioner: the
                              paper's automatic prompts, where a picture for DEFAULT_PROMPT is captioned and drawn again
-        hint                 picture, array or tensor in [0, 1], height x width pixels; a tensor may hold one per picture
+        hint                 picture, its path, array or tensor in [0, 1], height x width pixels; a tensor may hold one each
         controlnet           one, or several with as many hints, whose residuals are added
         num_steps            1 to 1000
         guidance_scale       1 is off; the paper's value is 9

@@ -1127,9 +1127,15 @@ BUGS = {
         ),
         (
             "the other prompts are dropped",
-            "torch.where(dropped, 0, self.prompt[samples])",
-            "torch.where(dropped, self.prompt[samples], 0)",
+            "torch.where(dropped, 0, self.prompt[rows])",
+            "torch.where(dropped, self.prompt[rows], 0)",
             "test_half_of_the_prompts_are_dropped",
+        ),
+        (
+            "samples are taken for the rows in which they lie",
+            "rows = self.rows[samples]",
+            "rows = samples % len(self.latents)",
+            "test_scenes_are_those_that_the_steps_show",
         ),
         (
             "timesteps from the global stream",
@@ -1589,6 +1595,14 @@ BUGS = {
             "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK",
             "os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK",
             "test_what_lies_in_the_locks_place_is_neither_waited_for_nor_emptied",
+        ),
+    ],
+    "minicn/commands/train.py": [
+        (
+            "what is drawn and scored is learned from, too",
+            "pairs[: count or None], pairs[count:]",
+            "pairs[: count or None], pairs",
+            "test_the_first_pairs_are_held_out",
         ),
     ],
     "minicn/trainer/data.py": [

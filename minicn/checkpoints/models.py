@@ -139,11 +139,15 @@ def load_controlnet(
     """Load a ControlNet, in any published layout.
 
     source   a diffusers folder; a .safetensors, .pth, .ckpt or .bin file; a Hugging Face repository; or "toy-canny"
-    unet     the U-Net to be controlled: the ControlNet must match its widths, and "difference" files are added to it
+    unet     the U-Net to be controlled, or the StableDiffusion that holds it: the ControlNet must match its widths, and
+             "difference" files are added to it
     variant  of a folder's weights, e.g. "fp16"
     Raises FileNotFoundError or ValueError, naming the file, for what is missing or does not fit. Warns if the file
     holds a U-Net of its own (v1.0, "control_sd15_*.pth") that is not `unet`.
     """
+    unet = getattr(unet, "unet", unet)  # a StableDiffusion has one
+    if not isinstance(unet, UNet | None):
+        raise TypeError(f"unet is {type(unet).__name__}, but must be a UNet or a StableDiffusion: give sd.unet")
     path = hub.resolve(source, variant)
     config: dict = {}
     if not (path / "config.json").is_file() and (path / "controlnet.safetensors").is_file():

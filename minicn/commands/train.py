@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 from minicn.commands import cli, runs
@@ -21,7 +22,9 @@ def train_options(command: argparse.ArgumentParser) -> None:
     add("--keep", type=cli.whole(0), default=0, help="older checkpoints to keep")
     add("--dry-run", action="store_true", help="only print what memory the run would need, and what is free")
     cli.add_tokenizer(add)
-    shown = "pairs, the first of the folder, drawn for validation; 0: none"
+    held = "pairs, the first of the folder, to draw and score, not to learn from (default: 4, but at most half of all)"
+    add("--held-out", type=cli.whole(0), help=held)
+    shown = "held-out pairs that are drawn and scored during training; 0: none"
     runs.add_run(add, pictures=4, pictures_help=shown, guidance_scale=9.0)
 
 
@@ -37,20 +40,22 @@ def train(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(sd, net, recipe, size)
         return
+    held = min(4, len(pairs) // 2) if args.held_out is None else args.held_out
+    shown, learned = hold_out(pairs, held)
     part = recipe.batch_size // (distributed.init_distributed()[1] * recipe.accumulate)
     widest = max(part * net.cfg.hint_channels[0], min(8, len(pairs)) * sd.vae.cfg.channels[0])  # maps at full size at once
     cli.check_memory(device, 4 * size**2 * widest, f"--batch-size {recipe.batch_size} with --resolution {size}")
-    of = {"data": data.digest(pairs), "model": resuming.digest(sd)}
+    of = {"data": data.digest(pairs), "held_out": held, "model": resuming.digest(sd)}
     run = recording.Run(args.output, dataclasses.asdict(recipe) | of | {"resolution": size}, args.keep)
     if first:
         run.prepare(args.resume)
     with distributed.first_alone():  # it encodes, the others read
-        encoded = examples.from_pairs(sd, pairs, size, keep=run.encoded, of=of)
+        encoded = examples.from_pairs(sd, learned, size, keep=run.encoded, of=of)
     loop.train(
         sd,
         net,
         encoded,
-        validation(sd, pairs[: args.pictures], size, args.guidance_scale) if first and args.pictures else None,
+        validation(sd, shown[: args.pictures], size, args.guidance_scale) if first and args.pictures else None,
         run,
         recipe,
         score_every=args.score_every,
@@ -58,6 +63,16 @@ def train(args: argparse.Namespace) -> None:
         resume=args.resume,
         pace=cli.pace(args.threads, sd.unet, net),
     )
+
+
+def hold_out(pairs: list[data.Pair], count: int) -> tuple[list[data.Pair], list[data.Pair]]:
+    """Return the pairs to draw and score, and those to learn from; say how many. Raises ValueError if too few are left."""
+    if count >= len(pairs):
+        raise ValueError(f"--held-out is {count}, but the data are {len(pairs)} pairs: leave some to learn from")
+    if distributed.init_distributed()[0] == 0:
+        said = f"held out: {count} of {len(pairs)} pairs, drawn and scored, not learned from"
+        print(said if count else "held out: none; the pairs drawn and scored are learned from, too", file=sys.stderr)
+    return pairs[: count or None], pairs[count:]
 
 
 def validation(sd: StableDiffusion, pairs: list[data.Pair], size: int, guidance_scale: float) -> recording.Validation:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from minicn import conditions
+from minicn.conditions import palettes
 
 SMALLEST = 8  # minimum side, pixels: one of the latents that the hint controls
 
@@ -242,7 +243,11 @@ def _labels(
         hint = getattr(conditions, name)(labels, **{key: value for key, value in given.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"{path}: {error} (--first-label, --unlabelled)") from error
-    return _final(hint, resolution, version), f"{len(np.unique(labels))} labels"
+    classes = zip(*(getattr(palettes, f"{name.upper()}_{what}") for what in ("NAMES", "COLOURS")), strict=True)
+    shown = np.unique(hint.reshape(-1, 3), axis=0).tolist()
+    names = [words for words, colour in classes if colour.tolist() in shown]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return _final(hint, resolution, version), f"{len(np.unique(labels))} labels: {', '.join(names[:8])}{more}"
 
 
 def _normal(

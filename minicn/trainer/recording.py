@@ -92,6 +92,7 @@ class Validation:
             seed=self.seed,
             height=height,
             width=width,
+            progress=True,
         )
 
     def score(self, images: list[Image.Image]) -> float:
@@ -341,6 +342,7 @@ class Run:
         """Draw the curve and print the outcome of the run."""
         self.save_curve()
         print(self.verdict())
+        print(f"(Score: 0 is as without a hint, 1 as the true pictures through the autoencoder; from {FOLLOWS} it follows.)")
         diffusers = self.folder / "diffusers"
         more = f", and for diffusers {diffusers}" if diffusers.is_dir() else ""
         print(f"Weights: {self.folder / 'controlnet.safetensors'}{more}")

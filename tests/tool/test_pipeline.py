@@ -270,3 +270,19 @@ def test_guess_mode_scales_the_conditional_half_by_hand(mode, ratio, guided):
         assert len(halves) == 1 + guided
         assert not guided or halves[0] == ([0, 0] if mode else [0.5, 0.5])
         assert halves[-1] == pytest.approx([0.5 * ratio ** (12 - i)] * 2, rel=1e-6)
+
+
+def test_python_says_what_it_holds_and_takes_what_it_is_given(sd, trained, tmp_path):
+    """A path is a hint; a whole model stands for its U-Net; models and scenes are a line."""
+    scene = toy.scene(1, "test")
+    Image.fromarray(scene.hint("canny")).save(tmp_path / "hint.png")
+    settings = {"controlnet": trained, "num_steps": 1}
+    for hint in (tmp_path / "hint.png", str(tmp_path / "hint.png"), [tmp_path / "hint.png"]):
+        [a], [b] = (sd.generate(PROMPT, hint=each, **settings) for each in (hint, scene.hint("canny")))
+        assert a.tobytes() == b.tobytes()
+    trained.save(tmp_path / "net.safetensors")
+    net = ControlNet.load(tmp_path / "net.safetensors", unet=sd)
+    assert repr(net).startswith("<ControlNet for a U-Net of width 32, float32 on cpu; million parameters: ")
+    assert repr(sd).startswith("<StableDiffusion for 128x128 pixels, float32 on cpu; million parameters: U-Net ")
+    with pytest.raises(TypeError, match="unet is VAE, but must be a UNet or a StableDiffusion"):
+        ControlNet.load(tmp_path / "net.safetensors", unet=sd.vae)

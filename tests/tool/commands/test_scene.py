@@ -36,6 +36,15 @@ def test_the_hint_of_a_written_scene_is_the_toys_own(folder, condition, tmp_path
     assert np.abs(made.astype(int) - kept).max() <= (condition == "normal")  # float32 normals are made unit length anew
 
 
+def test_classes_are_named(folder, tmp_path, capsys):
+    """Whoever reads labels in another numbering sees it."""
+    main(["condition", "ade20k", str(folder / "labels_ade20k.png"), str(tmp_path / "hint.png")])
+    names = [toy.ADE20K[label] for label in np.unique(toy.scene(3, "test").labels)]
+    out = capsys.readouterr().out
+    assert f"{len(names)} labels: " in out
+    assert all(name in out for name in names)
+
+
 def test_a_scene_is_written_with_its_caption_and_shown_in_a_line(folder, capsys):
     scene = toy.scene(3, "test")
     assert (folder / "caption.txt").read_text("utf-8") == scene.caption + "\n"

@@ -352,7 +352,8 @@ BAD_HINTS = {
     "0 to 255": (torch.full((3, 4, 4), 255.0), ValueError, r"values from 255 to 255, .* \[0, 1\]: divide by 255"),
     "negative": (torch.full((3, 4, 4), -0.5), ValueError, r"values from -0.5 to -0.5, but they must lie in \[0, 1\]"),
     "not a number": (torch.full((3, 4, 4), float("nan")), ValueError, r"values from nan to nan"),
-    "a path": ("hint.png", TypeError, "hint is str, but must be a picture, an array or a tensor"),
+    "a path": ("hint.png", FileNotFoundError, "hint.png does not exist or is not a file: name an image"),
+    "a number": (3, TypeError, "hint is int, but must be a picture, its path, an array or a tensor"),
     "nothing": (None, TypeError, "hint is NoneType, but must be a picture"),
 }
 

@@ -477,6 +477,21 @@ def test_minicn_train_leaves_what_other_tools_load(folder, tmp_path, capsys, qui
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), c.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("more", "held"), [([], 3), (["--held-out", "1"], 1), (["--held-out", "0"], 0)])
+def test_the_first_pairs_are_held_out(folder, tmp_path, capsys, monkeypatch, more, held):
+    """Drawn and scored, not learned from; of few pairs half. Said before the work."""
+    shown = []
+    monkeypatch.setattr("minicn.commands.train.validation", lambda sd, pairs, *_: shown.extend(pairs))
+    command(folder, tmp_path, "--steps", "1", "--pictures", "2", *more)
+    pairs = data.read_pairs(folder)
+    assert shown == pairs[: min(2, held or 2)]
+    learned = files.open_weights(tmp_path / "encoded.safetensors")
+    assert learned.shapes["latents"][0] == 6 - held
+    assert torch.equal(learned.get("latents"), from_pairs(StableDiffusion.load("toy"), pairs[held:], 64).latents)
+    said = f"held out: {held} of 6 pairs, drawn" if held else "held out: none; the pairs drawn and scored are learned from"
+    assert said in capsys.readouterr().err
+
+
 def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
     """Hints in [0, 1], latents of the images, the folder's prompts."""
     pairs = data.read_pairs(folder)
@@ -500,6 +515,7 @@ def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
         (["--resolution", "100"], "must be a multiple of 8"),
         (["--model", "{tmp}/none"], "is not a file or folder"),
         (["--controlnet", "{tmp}/none"], "is not a file or folder"),
+        (["--held-out", "6"], "--held-out is 6, but the data are 6 pairs: leave some to learn from"),
         (["--connect", "left"], "'left'"),
         (["--output", "{tmp}/file/run"], "cannot be made"),
     ],
