@@ -103,7 +103,7 @@ def pair_hints(controlnet, hint, scale) -> tuple[list[ControlNet], list[Tensor],
     hints = [hint_tensor(h) for h in hints]
     for i, h in enumerate(hints):
         if torch.equal(h.amin((2, 3)), h.amax((2, 3))):
-            warnings.warn(f"hint {i} is a single colour: it steers nothing", stacklevel=2)
+            warnings.warn(f"hint {i} is a single colour: it shows no shapes", stacklevel=2)
     return nets, hints, scales[: len(nets)]
 
 

@@ -43,8 +43,7 @@ class WeightFile:
         return key in self.shapes
 
     def nbytes(self, key: str) -> int:
-        dtype = getattr(torch, self.dtypes[key], None)
-        return math.prod(self.shapes[key]) * (dtype.itemsize if isinstance(dtype, torch.dtype) else 1)
+        return nbytes(self.shapes[key], self.dtypes[key])
 
     def weight(self, key: str, shape: tuple[int, ...]) -> Tensor:
         """Return a tensor in the shape that a model has, which for a 1x1 convolution may be a linear layer's in the file.
@@ -59,6 +58,11 @@ class WeightFile:
                 f"{self.path}: {key} holds {self.dtypes[key]}, but weights are floating-point numbers of 8 to 64 bits"
             )
         return self.get(key).view(shape)
+
+
+def nbytes(shape: tuple[int, ...], dtype: str) -> int:
+    known = getattr(torch, dtype, None)
+    return math.prod(shape) * (known.itemsize if isinstance(known, torch.dtype) else 1)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -143,14 +147,13 @@ def _open_safetensors(path: Path) -> WeightFile:
         """
         copied = len(shapes[key]) == 4 and shapes[key][-1] > 1
         mapped, used = maps.get(copied, (None, math.inf))
-        size = opened.nbytes(key)
+        size = nbytes(shapes[key], dtypes[key])  # not of the WeightFile: in a circle with it, mappings would stay
         if used + size > 256e6:
             mapped, used = safe_open(path, framework="pt"), 0
         maps[copied] = mapped, used + size
         return mapped.get_tensor(key)
 
-    opened = WeightFile(path, get, shapes, dtypes, metadata)
-    return opened
+    return WeightFile(path, get, shapes, dtypes, metadata)
 
 
 def _open_pickle(path: Path) -> WeightFile:

@@ -3,6 +3,7 @@
 huggingface_hub, an optional extra, does the fetching and the caching: what is in its cache works without a network.
 """
 
+import glob
 import re
 from pathlib import Path
 
@@ -62,11 +63,10 @@ def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False
 
 def fetch_file(repository: str, name: str) -> Path:
     """Return one file of a repository. Raises FileNotFoundError if it is not available."""
-    hub = _hub(f"{repository}/{name}")
-    try:
-        return Path(hub.hf_hub_download(repository, name))
-    except Exception as error:
-        raise FileNotFoundError(_not_had(f"{repository}/{name}", error)) from error
+    path = fetch_folder(repository, [glob.escape(name)]) / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{repository} holds no {name}, or it is not in the cache: name another file, or fetch it")
+    return path
 
 
 def tokenizer_folder(source: str | Path) -> Path:

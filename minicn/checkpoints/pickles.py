@@ -71,7 +71,8 @@ def complete(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join((str(error) if " " in str(error) else repr(error)).split())[:200]
+        reason = " ".join((str(error) if " " in str(error) else repr(error)).split())
+        reason = reason.encode("unicode_escape").decode()[:200]  # it may quote what is in the file
         raise ValueError(f"{path} is not a complete PyTorch file ({reason}): fetch it again") from error
 
 

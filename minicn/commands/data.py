@@ -1,6 +1,7 @@
 """`minicn check-data` and `minicn make-data`: folders to train on."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def check_data(args: argparse.Namespace) -> None:
     pairs = data.read_pairs(args.folder)
     if args.sheet is not None:
         cli.check_picture(args.sheet)
-        if args.folder.resolve() in args.sheet.resolve().parents:
+        if Path(os.path.realpath(args.folder)) in Path(os.path.realpath(args.sheet)).parents:
             raise ValueError(f"--sheet {args.sheet} would lie among the data: name a file elsewhere")
     found = [text for pair in tqdm(pairs, desc="checking", unit="pair") for text in data.problems(pair)]
     for text in found:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from minicn import ddim, toy
+from minicn.checkpoints import hub
 from minicn.pipeline import StableDiffusion
 
 TIMESTEPS = (400, 650)  # the middle of the schedule; a fixed noise at each
@@ -34,8 +35,9 @@ def blip(name: str) -> Callable[[Image.Image], str]:
         from transformers import BlipForConditionalGeneration, BlipProcessor
     except ImportError as error:
         raise ValueError("--captioner needs transformers: pip install transformers, or write a --prompt") from error
+    folder = hub.resolve(name)  # not by transformers, which would wait and complain without a network
     try:
-        processor, model = BlipProcessor.from_pretrained(name), BlipForConditionalGeneration.from_pretrained(name)
+        processor, model = BlipProcessor.from_pretrained(folder), BlipForConditionalGeneration.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"--captioner {name} cannot be loaded as a BLIP model: {error}") from error
 

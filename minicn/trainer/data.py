@@ -6,6 +6,7 @@ Hugging Face's image folder: `metadata.jsonl`, a JSON object a line with `condit
 
 import hashlib
 import json
+import os
 import re
 import textwrap
 import warnings
@@ -66,7 +67,7 @@ def _pair(folder: Path, table: Path, number: int, line: str) -> Pair:
     for name in names:
         value, wanted, never = row.get(name), "text", "[\0\ud800-\udfff]"  # what no encoding has
         if name != names[2]:
-            wanted, never = "the name of a picture, with / instead of \\", "[\0-\x1f\ud800-\udfff]"
+            wanted, never = "the name of a picture, with / instead of \\", "[\0-\x1f\x7f-\x9f\ud800-\udfff]"
         if not isinstance(value, str) or re.search(never, value):
             raise ValueError(f"{where[:-1]}: {name} is {value!r}, but must be {wanted}: correct or remove it")
     hint, image, prompt = (row[name] for name in names)
@@ -170,7 +171,7 @@ def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray
 
     Raises ValueError if the folder holds anything already, OSError if it cannot be written.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError for a link to itself
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already, and not empty: name another folder")
     lines = []

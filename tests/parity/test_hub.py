@@ -55,6 +55,17 @@ def test_a_file_in_a_repository_loads(cache, tmp_path):
     assert same(ControlNet.load("someone/many/v1/control_canny.safetensors"), ControlNet.load("toy-canny"))
 
 
+def test_a_file_that_a_repository_lacks_is_named(cache, tmp_path, caplog):
+    """Also one whose name is a pattern; nobody waits for the network."""
+    (tmp_path / "a.safetensors").touch()
+    put(cache, "someone/many", tmp_path / "a.safetensors")
+    for name in ("b.safetensors", "[a].safetensors", "*"):
+        with pytest.raises(FileNotFoundError) as caught:
+            ControlNet.load(f"someone/many/{name}")
+        assert f"someone/many holds no {name}, or it is not in the cache" in str(caught.value)
+    assert not caplog.records
+
+
 def test_an_old_repository_without_safetensors_loads(cache, tmp_path):
     net = ControlNet.load("toy-canny")
     net.save(tmp_path / "folder", layout="diffusers")
@@ -101,5 +112,5 @@ def test_what_is_not_cached_says_so_in_one_line(cache):
     for name in ("someone/nothing", "someone/nothing/file.safetensors"):
         with pytest.raises(FileNotFoundError, match="not in the cache, and cannot be fetched") as caught:
             StableDiffusion.load(name)
-        assert name in str(caught.value)
+        assert "someone/nothing" in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -394,7 +394,7 @@ def test_a_mask_is_black_where_it_is_transparent(sd):
 
 def test_a_hint_of_a_single_colour_says_so(sd, net):
     hints = [Image.fromarray(SCENE.hint("canny")), Image.new("L", (128, 128), 255)]
-    with pytest.warns(UserWarning, match="hint 1 is a single colour: it steers nothing"):
+    with pytest.warns(UserWarning, match="hint 1 is a single colour: it shows no shapes"):
         sd.generate("", hint=hints, controlnet=[net, net], num_steps=1)
 
 

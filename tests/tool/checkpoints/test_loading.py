@@ -1,8 +1,10 @@
 """Loading does what it must and no more: nothing is filled that a file replaces, nothing is imported that is not used."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -62,3 +64,17 @@ def test_loading_imports_no_compiler():
     loaded = modules_after("import minicn; minicn.StableDiffusion.load('toy'); minicn.ControlNet.load('toy-canny')")
     assert "minicn.pipeline" in loaded
     assert not loaded & {"torch._dynamo", "torch._inductor", "sympy"}
+
+
+def test_a_file_is_let_go_with_its_last_tensor(tmp_path):
+    """At once, not when the garbage collector comes by: a mapping counts as memory of the process."""
+    files.write(tmp_path / "a.safetensors", {"a": torch.ones(3)})
+    gc.disable()
+    try:
+        opened = files.open_weights(tmp_path / "a.safetensors")
+        assert opened.get("a").sum() == 3
+        alive = weakref.ref(opened)
+        del opened
+        assert alive() is None
+    finally:
+        gc.enable()

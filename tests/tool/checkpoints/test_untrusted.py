@@ -290,6 +290,15 @@ def test_a_tar_is_not_unpacked(tmp_path, monkeypatch):
     assert not opened
 
 
+def test_what_a_reader_quotes_from_a_file_is_text(tmp_path):
+    """PyTorch names the storage that it misses; a file may call it what it likes."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "x.pth")
+    raw = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(raw.replace(b"X\1\0\0\x000q", b"X\1\0\0\0\x1bq"))
+    with pytest.raises(ValueError, match=r"x\.pth is not a complete PyTorch file \(.*data/\\x1b"):
+        files.open_weights(tmp_path / "x.pth")
+
+
 def text(content):
     return b"X" + struct.pack("<I", len(content)) + content
 

@@ -44,6 +44,7 @@ def test_both_formats_are_read(tmp_path):
         ([{**row(1), "prompt": 7}], r"line 1: prompt is 7, but must be text"),
         ([{"source": "a"}], r"line 1: target is None"),
         ([{**row(1), "source": "a\0b"}], r"line 1: source is 'a\\x00b', but must be the name of a picture"),
+        ([{**row(1), "source": "a\x9b2Jb"}], r"line 1: source is 'a\\x9b2Jb', but must be the name of a picture"),
         ([r'{"source": "source\target.png", "target": "b", "prompt": "c"}'], r"line 1: source is .*with / instead of \\"),
         ([{**row(1), "prompt": "\ud800"}], r"line 1: prompt is '\\ud800', but must be text"),
         ([row(1), "[" * 100_000], r"line 2, is not a JSON object: lists or objects are nested more than 32 deep"),
@@ -216,6 +217,9 @@ def test_a_data_folder_is_made_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     (tmp_path / "empty").mkdir()
     assert data.write_pairs(tmp_path / "empty", data.circles(2, size=16)) == 2
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop cannot be written"):
+        data.write_pairs(tmp_path / "loop", data.circles(1))
     assert len(data.read_pairs(tmp_path / "empty")) == 2
 
 
