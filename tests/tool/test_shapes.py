@@ -277,7 +277,7 @@ def drawing_pictures(sd: minicn.StableDiffusion):
 
 def trainings(sd: minicn.StableDiffusion, folder: Path):
     scenes, cpu = list(toy.scenes(3)), torch.device("cpu")
-    learned = examples.from_scenes(sd, scenes, "canny")
+    learned = examples.from_scenes(sd, scenes, "canny", torch.arange(len(scenes)))
     batch = learned.batch(seed=0, step=0, size=2, drop_prompt=0.5, device=cpu)
     training.controlnet_loss(sd.unet, minicn.ControlNet.from_unet(sd.unet), batch, sd.alphas_cumprod)
     images = [scene.image for scene in scenes]
