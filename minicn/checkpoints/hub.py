@@ -7,8 +7,9 @@ import glob
 import re
 from pathlib import Path
 
-TOY_BASE = Path(__file__).parents[1] / "toy" / "base"
-TOY_CONTROLNETS = Path(__file__).parents[1] / "toy" / "controlnets"  # a folder for each condition: "toy-canny" is canny/
+TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "next"
+TOY_BASE = TOY_WEIGHTS / "base"
+TOY_CONTROLNETS = TOY_WEIGHTS / "controlnets"  # a folder for each condition: "toy-canny" is canny/
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.5, for files that carry none
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -34,7 +35,7 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
             there = ", ".join(sorted(f"toy-{folder.name}" for folder in TOY_CONTROLNETS.glob("*/")))
             raise FileNotFoundError(
                 f"there is no ControlNet {source}; those that are installed: {there or 'none'}; minicn's repository holds "
-                "eleven, in minicn/toy/controlnets: name the folder of one"
+                "eleven, in minicn/toy/next/controlnets: name the folder of one"
             )
         return path
     parts = text.split("/")

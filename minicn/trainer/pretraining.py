@@ -1,6 +1,6 @@
 """Training of the toy base: autoencoder, tokenizer, text transformer and U-Net, from scratch, on the toy world.
 
-`python train_toy.py --base` runs it; the result is the Stable Diffusion in `minicn/toy/base/`. Source of the recipe:
+`python train_toy.py --base` runs it; the result is the Stable Diffusion in `minicn/toy/next/base/`. Source of the recipe:
 Rombach et al., arXiv:2112.10752 (autoencoder with a slight KL term, then a U-Net on its latents with text), 10% of the
 prompts dropped for classifier-free guidance (Ho and Salimans, arXiv:2207.12598). Left out: the discriminator and the
 perceptual loss of the autoencoder; an L1 loss on differences of neighbouring pixels keeps the edges sharp instead.

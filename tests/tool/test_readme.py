@@ -192,7 +192,7 @@ def test_links_and_pictures_exist():
 
 def test_the_scores_of_the_log_are_those_of_the_log():
     """The following scores that are quoted stand in the log of the ControlNet that ships."""
-    with open(ROOT / "minicn" / "toy" / "controlnets" / "canny" / "log.csv") as file:
+    with open(ROOT / "minicn" / "toy" / "next" / "controlnets" / "canny" / "log.csv") as file:
         scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
     quoted = re.search(r"following score (.*?) \(16 held-out", CLAIMS)[1]
     pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
