@@ -6,6 +6,7 @@ its own it mixes with the CPU in many operations; `Card` lets it mix as little a
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -172,7 +173,8 @@ def test_only_cuda_gets_copies_that_nobody_waits_for(monkeypatch):
 def tiny(dezero):
     base = StableDiffusion.load("toy")
     torch.manual_seed(0)
-    return StableDiffusion(dezero(UNet(WIDTHS)), base.vae, base.text_encoder, base.tokenizer)
+    widths = dataclasses.replace(WIDTHS, context_dim=base.unet.cfg.context_dim)
+    return StableDiffusion(dezero(UNet(widths)), base.vae, base.text_encoder, base.tokenizer)
 
 
 def train(sd, folder, every, monkeypatch, spoil=None, **more):

@@ -30,7 +30,7 @@ def rows_of(text: str) -> dict[str, list[str]]:
 
 
 def test_the_cpu_holds_against_itself():
-    """Every comparison is there and holds; float32 trains to the very same weights; a machine and two times are named."""
+    """Every comparison is there and holds; float32 trains by the very same gradients; a machine and two times are named."""
     text, holds = check_device.check(OTHER, **SMALL)
     rows = rows_of(text)
     assert holds
@@ -38,12 +38,12 @@ def test_the_cpu_holds_against_itself():
         "picture, float32",
         "picture, bfloat16",
         "loss of 2 training steps, float32",
-        "weights after 1 steps, float32",
+        "gradients of 1 training steps, float32",
         "loss of 1 training steps, bfloat16",
-        "weights after 1 steps, bfloat16",
+        "gradients of 1 training steps, bfloat16",
     ]
     assert {row[2] for row in rows.values()} == {"holds"}
-    assert rows["weights after 1 steps, float32"][0] == "0"
+    assert rows["gradients of 1 training steps, float32"][0] == "0"
     assert 0 < float(rows["picture, float32"][0]) < 0.01 < float(rows["picture, bfloat16"][0])
     assert f"| {torch.__version__}, " in text
     assert "| not on this device | float16 |" in text
@@ -53,7 +53,7 @@ def test_the_cpu_holds_against_itself():
 
 
 def test_a_device_that_computes_something_else_fails(monkeypatch):
-    """A norm with another eps, on the device alone: picture, loss and weights in float32 are found to be off."""
+    """A norm with another eps, on the device alone: picture, loss and gradients in float32 are found to be off."""
     monkeypatch.setattr(check_device, "has", lambda device, dtype: False)
     monkeypatch.setattr(check_device, "seconds", lambda *args: (1.0, 1.0))
     norm = torch.nn.functional.group_norm
@@ -85,8 +85,7 @@ def test_an_error_of_the_device_is_a_row_that_fails(monkeypatch):
         raise NotImplementedError("aten::some_op | is not\nimplemented for MPS")
 
     monkeypatch.setattr(check_device, "picture", picture)
-    monkeypatch.setattr(check_device, "trained", lambda device, examples, *args: (torch.zeros(1), {2: 0.5}))
-    monkeypatch.setattr(check_device, "flat", lambda state: torch.ones(1))
+    monkeypatch.setattr(check_device, "trained", lambda device, examples, *args: (torch.ones(1), {2: 0.5}))
     monkeypatch.setattr(check_device, "seconds", lambda *args: (1.0, 1.0))
     text, holds = check_device.check(OTHER, **SMALL)
     rows = rows_of(text)
