@@ -94,7 +94,7 @@ def init_he(layers: list[nn.Module]) -> list[nn.Module]:
 
     Paper vs code: the released training code keeps PyTorch's default initialisation, under which the difference between
     two hints arrives at the end several thousand times smaller, and must be amplified first: on the toy a ControlNet
-    for depth then begins to follow after 2500 steps instead of 150 (both logs are in toy/next/controlnets/depth).
+    for depth then has not begun to follow after 5000 steps, instead of after 400 (logs: toy/next/controlnets/depth).
     """
     for layer in layers:
         if isinstance(layer, nn.Conv2d):
