@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     runs.add_recipe(add, names, steps=10000, unlock_lr=1e-4, **depends)
     add("--scenes", type=cli.whole(1, 10**6), default=4096, help="training scenes; drawn are those that the steps show")
     pictures = "held-out scenes that are drawn and scored during training; 0: none"
-    runs.add_run(add, pictures=16, pictures_help=pictures, guidance_scale=3.0)
+    runs.add_run(add, pictures=16, pictures_help=pictures)
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
     args = parser.parse_args(argv)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import io
+import itertools
 import logging
 import os
 import re
@@ -83,6 +84,13 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_max, 0)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def free(name: str) -> Path:
+    """Return the first of NAME.png, NAME-2.png, ... of which the folder holds none, nor pictures numbered after it."""
+    path = Path(name)
+    names = (path.with_stem(path.stem + f"-{i}" * (i > 1)) for i in itertools.count(1))
+    return next(each for each in names if not any(Path().glob(f"{each.stem}*{each.suffix}")))
 
 
 def check_picture(path: Path, *inputs: Path | None) -> None:
