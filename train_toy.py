@@ -4,15 +4,16 @@ python train_toy.py --steps 10000            a ControlNet for Canny edges
 python train_toy.py --base --steps 6000      the toy Stable Diffusion itself, from scratch
 """
 
+import minicn.commands.stopping  # before all else, see there
+import minicn.threads  # noqa: F401  (before torch, see there)
+
+# isort: split
 import argparse
 import dataclasses
 import sys
 import time
 from pathlib import Path
 
-import minicn.threads  # noqa: F401  (before torch, see there)
-
-# isort: split
 import torch
 
 from minicn import StableDiffusion, conditions, fast, toy, training

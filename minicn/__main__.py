@@ -3,6 +3,9 @@
 A command is imported when it is called: PyTorch takes a second, which `minicn --help` need not wait for.
 """
 
+import minicn.commands.stopping  # before all else, see there
+
+# isort: split
 import argparse
 import importlib
 import sys

@@ -173,7 +173,7 @@ def load_controlnet(
         shape = configs.read_unet(path / "config.json")
     elif found.difference:
         if unet is None:
-            raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet, --unet)")
+            raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (--unet, unet=sd.unet)")
         shape = unet.cfg
     else:
         shape = configs.checked(UNetConfig, weights.fields_of(found, "controlnet"), file.path)

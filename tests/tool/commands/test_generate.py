@@ -146,6 +146,22 @@ def test_what_does_not_go_together_is_refused(drawn, refused, options, words):
     assert drawn == []
 
 
+def test_the_command_line_names_options(tmp_path, monkeypatch, capsys, refused):
+    """Where the library says "(--fit, conditions.fit)": with the note on a size, and where a size cannot be drawn."""
+    monkeypatch.chdir(tmp_path)
+    for side in (64, 100):
+        Image.fromarray(SCENE.hint("canny")).resize((side, side), Image.Resampling.NEAREST).save(f"{side}.png")
+    draw = ["generate", "--controlnet", "toy-canny", "--prompt", "a red ball", "--num-steps", "1", "--hint"]
+    assert __main__.main([*draw, "64.png"]) == 0
+    said = capsys.readouterr().err
+    assert "note: this model was trained at 128x128 pixels, and 64x64 may come out as nonsense" in said
+    said += refused(__main__.main, [*draw, "100.png"])
+    assert said.count("(--fit)") == 2
+    assert "conditions" not in said
+    __main__.main([*draw, "100.png", "--fit"])
+    assert Image.open("out-2.png").size == (128, 128)
+
+
 def test_the_sheet_shows_hint_and_pictures(drawn):
     generate("--controlnet toy-canny --hint hint.png --prompt-setting none --num-images 2 --sheet sheet.png")
     sheet = np.asarray(Image.open("sheet.png"))[30:]
