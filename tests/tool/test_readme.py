@@ -1,13 +1,16 @@
 """What the README and docs/ say is executed: commands and snippets run, the map is complete, the tests named exist."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +22,7 @@ from minicn.conditions import palettes
 from tests.tool import test_house
 
 ROOT = Path(__file__).parents[2]
+FIRST = ("A picture in ten seconds", "Your own drawing")
 PATHS = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in PATHS}
 README = PAGES["README.md"]
@@ -42,9 +46,12 @@ def test_the_readme_has_at_most_1500_words():
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet, tmp_path, monkeypatch):
-    """Every Python snippet runs as it stands, with its assertions."""
+    """Every Python snippet runs as it stands, with its assertions; the shape in a comment is that of the line's result."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    for name, shape in re.findall(r"(?m)^(\w+) = .*# (\(\d[\d, ]*\))", snippet):
+        assert str(tuple(names[name].shape)) == shape
     if "out.png" in snippet:
         assert Image.open(tmp_path / "out.png").size == (128, 128)
 
@@ -75,20 +82,68 @@ def test_what_is_installed_is_an_extra_and_leaves_the_clone_in_place():
         assert not extra[1] or f"{extra[1]} = [" in extras
 
 
-def test_the_first_pictures_are_drawn(tmp_path, monkeypatch):
-    """The commands of the first minute, and those for a drawing of one's own, word for word."""
-    monkeypatch.chdir(tmp_path)
-    for title in ("A picture in ten seconds", "Your own drawing"):
-        for line in commands(section(README, title)):
-            assert __main__.main(shlex.split(line)) == 0
-        assert Image.open("out.png").size == (128, 128)
-        shutil.move("out.png", "before.png")
-        shutil.copy("scene/drawing.png", "drawing.png")
-    assert f'--prompt "{toy.scene(1, "test").caption}"' in README
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder in which the commands of the first minutes ran, word for word, and what they printed, by section."""
+    folder, said = tmp_path_factory.mktemp("first"), {}
+    with contextlib.chdir(folder):
+        [demo] = commands(README.split("\n## ")[0])
+        for title, text in (("demo", f"    minicn {demo}"), *((title, section(README, title)) for title in FIRST)):
+            Path("pose.json").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)))
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                for line in commands(text):
+                    if "runs/depth" not in line:
+                        assert __main__.main(shlex.split(line)) == 0
+            said[title] = out.getvalue()
+            if Path("scene").is_dir():
+                shutil.copy("scene/drawing.png", "drawing.png")
+    return folder, said
+
+
+def test_the_first_pictures_are_drawn(first):
+    """The demo, the first picture, one with another prompt; a drawing and a pose: all follow, and sheets show hints."""
+    folder, said = first
+    pictures = [re.findall(r"(?m)^(out[-\d]*\.png): 128x128 pixels", said[title]) for title in FIRST]
+    assert pictures == [["out.png", "out-2.png"], ["out-3.png", "out-4.png"]]
+    assert Image.open(folder / "demo.png").size == (3 * 132 - 4, 128 + 30)
+    scene = toy.scene(1, "test")
+    assert f'--prompt "{scene.caption}"' in README
+    here = scene.labels > 0
+    for name, colour in (("out.png", "blue"), ("out-2.png", "red")):
+        found = toy.name_colours(np.asarray(Image.open(folder / name)))
+        assert (found[here] == [*toy.COLOURS].index(colour)).mean() > 0.9
+    hint = np.asarray(conditions.load_image(folder / "sheet.png"))[30:, :128]
+    assert np.array_equal(hint, conditions.scribble(conditions.load_image(folder / "drawing.png")))
+
+
+def test_a_pose_is_drawn_from_its_key_points(first):
+    """The key points that the README shows: the picture's limbs are nearer to them than those of another pose."""
+    folder, _ = first
+    drawn = Image.open(folder / "out-4.png")
+    [people] = [json.loads((folder / "pose.json").read_text())["people"]]
+    points = np.array(people[0]["pose_keypoints_2d"]).reshape(18, 3)
+    found = toy.name_colours(np.asarray(drawn))
+    green = found == [*toy.COLOURS].index("green")
+    assert all(green[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].any() for x, y, _ in points[:14])
+
+
+def test_what_the_toy_knows_is_named():
     known = section(README, "A picture in ten seconds").replace("\n", " ")
     assert f"({', '.join(toy.THINGS)}) in six colours ({', '.join(toy.COLOURS)})" in known
     *backgrounds, last = toy.BACKGROUNDS
     assert f"on a {', '.join(backgrounds)} or {last} background" in known
+
+
+def test_the_headline_is_drawn_by_its_command():
+    """The settings that docs/sheet.png holds are those of the command that is said to have made it, which stands on top."""
+    [line] = re.findall(r"Made by `python train_toy\.py (.*?)`", README)
+    assert commands(README.split("\n## ")[0], "python train_toy.py") == [line]
+    args = train_toy.parse_args(shlex.split(line))
+    settings = train_toy.settings(args, StableDiffusion.load(args.model))
+    sheet = Image.open(ROOT / "docs" / "sheet.png")
+    assert json.loads(sheet.text["minicn"]) == json.loads(json.dumps(settings, default=str))
+    looks = {0, *train_toy.EARLY, *range(0, args.steps + 1, args.score_every)}
+    assert sheet.size == (132 * (2 + min(len(looks), 11)) - 4, 30 + 6 * 128)
 
 
 def test_the_commands_for_training_run(tmp_path, monkeypatch):
