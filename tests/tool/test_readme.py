@@ -17,8 +17,9 @@ from PIL import Image
 
 import minicn
 import train_toy
-from minicn import StableDiffusion, __main__, conditions, toy, training
+from minicn import StableDiffusion, __main__, conditions, inputs, toy, training
 from minicn.conditions import palettes
+from minicn.toy import measures, sketching
 from tests.tool import test_house
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,8 @@ def test_what_is_installed_is_an_extra_and_leaves_the_clone_in_place():
 def first(tmp_path_factory):
     """A folder in which the commands of the first minutes ran, word for word, and what they printed, by section."""
     folder, said = tmp_path_factory.mktemp("first"), {}
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         [demo] = commands(README.split("\n## ")[0])
         for title, text in (("demo", f"    minicn {demo}"), *((title, section(README, title)) for title in FIRST)):
             Path("pose.json").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)))
@@ -117,14 +119,27 @@ def test_the_first_pictures_are_drawn(first):
 
 
 def test_a_pose_is_drawn_from_its_key_points(first):
-    """The key points that the README shows: the picture's limbs are nearer to them than those of another pose."""
+    """The key points that the README shows: the picture is green at each of its joints, but for what the head hides."""
     folder, _ = first
-    drawn = Image.open(folder / "out-4.png")
-    [people] = [json.loads((folder / "pose.json").read_text())["people"]]
-    points = np.array(people[0]["pose_keypoints_2d"]).reshape(18, 3)
-    found = toy.name_colours(np.asarray(drawn))
-    green = found == [*toy.COLOURS].index("green")
+    [person] = json.loads((folder / "pose.json").read_text())["people"]
+    points = np.array(person["pose_keypoints_2d"]).reshape(18, 3)
+    green = toy.name_colours(np.asarray(Image.open(folder / "out-4.png"))) == [*toy.COLOURS].index("green")
     assert all(green[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].any() for x, y, _ in points[:14])
+
+
+def test_the_papers_four_settings_are_drawn(first, monkeypatch, capsys):
+    """Each of the four commands draws what follows the hint; the caption is in the toy's words."""
+    monkeypatch.chdir(first[0])
+    scene, f1 = toy.scene(1, "test"), measures.measure("canny")
+    lines = commands(section(HINTS, "Everything that `generate` can do"))
+    assert len(lines) == 4
+    for i, line in enumerate(lines):
+        assert __main__.main([*shlex.split(line), "--output", f"setting-{i}.png"]) == 0
+    caption = re.search(r"automatic prompt: (.*)", capsys.readouterr().out)[1]
+    assert {*caption.replace(",", "").split()} <= {*StableDiffusion.load("toy").defaults.words.split()}
+    [plain] = StableDiffusion.load("toy").generate(scene.caption, seed=0)
+    reached = [f1(Image.open(f"setting-{i}.png"), scene) for i in range(4)]
+    assert min(reached) > f1(plain, scene) + 0.3, reached
 
 
 def test_what_the_toy_knows_is_named():
@@ -228,6 +243,12 @@ def test_numbers_are_recomputed():
     assert "12 + 1 + 12 blocks" in ALL
     unet = StableDiffusion.load("toy").unet
     assert (len(unet.input_blocks), len(unet.output_blocks)) == (12, 12)
+    assert "outlines in one to five pixels" in HINTS
+    assert (sketching.NARROWEST, sketching.WIDEST) == (1, 5)
+    assert "guidance 9 for Stable Diffusion, 3 for the toy" in HINTS
+    own = [defaults.guidance_scale for defaults in (inputs.Defaults(), StableDiffusion.load("toy").defaults)]
+    assert own == [9, 3]
+    assert all(f'"{defaults}"' in HINTS for defaults in ("a picture", inputs.Defaults().default_prompt))
     assert "Prompts are cut at 77 tokens" in ALL
     assert minicn.TextConfig().max_positions == 77
 
@@ -250,6 +271,12 @@ def test_the_scores_of_the_log_are_those_of_the_log():
     with open(ROOT / "minicn" / "toy" / "next" / "controlnets" / "canny" / "log.csv") as file:
         scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
     quoted = re.search(r"following score (.*?) \(16 held-out", CLAIMS)[1]
+    pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
+    assert len(pairs) == 3
+    assert all(f"{scores[step]:.2f}" == score for score, step in pairs)
+    with open(ROOT / "minicn" / "toy" / "next" / "controlnets" / "depth" / "log.csv") as file:
+        scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
+    quoted = section(README, "A ControlNet of your own, in five minutes").split("ships scored")[1]
     pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
     assert len(pairs) == 3
     assert all(f"{scores[step]:.2f}" == score for score, step in pairs)
