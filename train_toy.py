@@ -1,18 +1,19 @@
 """Train a ControlNet on the toy Stable Diffusion that ships with minicn, and watch it begin to follow.
 
-python train_toy.py --steps 10000            a ControlNet for Canny edges
+python train_toy.py --steps 5000             a ControlNet for Canny edges
 python train_toy.py --base --steps 6000      the toy Stable Diffusion itself, from scratch
 """
 
+import minicn.commands.stopping  # before all else, see there
+import minicn.threads  # noqa: F401  (before torch, see there)
+
+# isort: split
 import argparse
 import dataclasses
 import sys
 import time
 from pathlib import Path
 
-import minicn.threads  # noqa: F401  (before torch, see there)
-
-# isort: split
 import torch
 
 from minicn import StableDiffusion, conditions, fast, toy, training
@@ -26,12 +27,9 @@ EARLY = (50, 100, 150, 200, 300, 400)  # extra steps after which to validate: mo
 
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
-    recipe = runs.recipe_of(args)
-
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
     sd = StableDiffusion.load(args.model, device=device)
-    settings = {"condition": args.condition, "pictures": args.pictures, "scenes": args.scenes, "model": resuming.digest(sd)}
-    run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)
+    recipe, run = runs.recipe_of(args), recording.Run(args.output, settings(args, sd))
     run.prepare(args.resume)
     data = examples.from_toy(sd, args.condition, args.scenes, recipe)
     validation = held_out(sd, args) if args.pictures else None
@@ -62,6 +60,12 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
             if progress.saving:
                 progress.save()  # checkpoint.pt
         progress.finish()  # controlnet.safetensors, diffusers/
+
+
+def settings(args: argparse.Namespace, sd: StableDiffusion) -> dict:
+    """Return what decides how a run ends: --resume asks for the same, and sheet.png holds it."""
+    own = {"condition": args.condition, "pictures": args.pictures, "scenes": args.scenes, "model": resuming.digest(sd)}
+    return dataclasses.asdict(runs.recipe_of(args)) | own
 
 
 def held_out(sd: StableDiffusion, args: argparse.Namespace) -> recording.Validation:
@@ -104,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     runs.add_recipe(add, names, steps=10000, unlock_lr=1e-4, **depends)
     add("--scenes", type=cli.whole(1, 10**6), default=4096, help="training scenes; drawn are those that the steps show")
     pictures = "held-out scenes that are drawn and scored during training; 0: none"
-    runs.add_run(add, pictures=16, pictures_help=pictures, guidance_scale=3.0)
+    runs.add_run(add, pictures=16, pictures_help=pictures)
     add("--base", action="store_true", help="train the toy Stable Diffusion instead of a ControlNet")
     add("--vae-steps", type=count, default=3000, help="with --base: steps of the autoencoder")
     args = parser.parse_args(argv)

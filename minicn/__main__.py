@@ -3,6 +3,9 @@
 A command is imported when it is called: PyTorch takes a second, which `minicn --help` need not wait for.
 """
 
+import minicn.commands.stopping  # before all else, see there
+
+# isort: split
 import argparse
 import importlib
 import sys
@@ -11,6 +14,7 @@ import minicn
 from minicn.commands import options
 
 COMMANDS = {  # its module in minicn.commands, and what it does
+    "demo": ("demo", "draw a first picture: a hint, what the toy draws from it, and the truth, side by side"),
     "generate": ("generate", "draw a picture from a prompt and a hint"),
     "condition": ("condition", "make a hint from a picture, a drawing, key points, labels, normals or depth"),
     "train": ("train", "train a ControlNet on a data folder"),
@@ -32,7 +36,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, help=text, description=text, formatter_class=options.Formatter)
         if name in argv[:1]:
             _function(name, "_options")(command)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.argv = argv[1:]  # of the command: `generate --like` tells what was given from defaults
+    return args
 
 
 def _function(command: str, ending: str = ""):

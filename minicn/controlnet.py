@@ -196,8 +196,8 @@ def check_hint(hint: Tensor, latents: Tensor) -> None:
     height, width = 8 * latents.shape[-2], 8 * latents.shape[-1]
     if hint.shape[-2:] != (height, width):
         raise ValueError(
-            f"hint is {hint.shape[-2]}x{hint.shape[-1]} pixels, but latents {tuple(latents.shape)} "
-            f"need {height}x{width}: resize the hint first (conditions.resize_hint)"
+            f"hint is {hint.shape[-1]}x{hint.shape[-2]} pixels, but latents {tuple(latents.shape)} "
+            f"need {width}x{height}: resize the hint first (--fit, conditions.fit)"
         )
     if hint.shape[0] not in (1, latents.shape[0]):
         raise ValueError(f"{hint.shape[0]} hints for {latents.shape[0]} latents: give one hint, or one for each")

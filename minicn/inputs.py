@@ -2,7 +2,9 @@
 
 import math
 import numbers
+import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,15 @@ RANGES = {
     "seed": (0, 2**63 - 1),
     "num_images": (1, math.inf),
 }
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model is drawn with where nothing else is said: Stable Diffusion 1.5's, and the paper's; others keep theirs."""
+
+    guidance_scale: float = 9.0
+    default_prompt: str = "a professional, detailed, high-quality image"
+    words: str = ""  # all that the model knows, separated by spaces, if these are few; "": any
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
@@ -119,9 +130,24 @@ def size_of(height, width, hints: list[Tensor], image: Image.Image | None, defau
         or width % 8
     ):
         raise ValueError(
-            f"the picture would be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
+            f"the picture would be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint "
+            "(--fit, conditions.fit)"
+        )
+    if not 2 / 3 <= height * width / default**2 <= 3 / 2:
+        warnings.warn(
+            f"this model was trained at {default}x{default} pixels, and {width}x{height} may come out as nonsense: "
+            "fit the hint, or choose another size (--fit, conditions.fit)",
+            stacklevel=2,
         )
     return height, width
+
+
+def check_words(texts: list[str], known: str) -> None:
+    """Warn of words that a model of few words does not know, and list those that it does."""
+    strange = [word for word in dict.fromkeys(re.findall(r"\w+", " ".join(texts).lower())) if word not in known.split()]
+    if known and strange:
+        named = ", ".join(strange[:8]) + ", ..." * (len(strange) > 8)
+        warnings.warn(f"this model does not know: {named}; its words are: {known}", stacklevel=2)
 
 
 def check_settings(prompt, settings: dict) -> None:

@@ -18,20 +18,22 @@ from torch import Tensor
 from minicn import ddim, fast
 from minicn.clip import TextEncoder
 from minicn.controlnet import ControlNet, check_hint
-from minicn.inputs import check_settings, pair_hints, size_of, to_rgb
+from minicn.inputs import Defaults, check_settings, check_words, pair_hints, size_of, to_rgb
 from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE
 
 Hint = str | Path | Image.Image | np.ndarray | Tensor
-DEFAULT_PROMPT = "a professional, detailed, high-quality image"  # the paper's "default prompt"
 
 
 class StableDiffusion:
-    """The four parts of Stable Diffusion, in evaluation mode: tokenizer, text_encoder, unet, vae."""
+    """The four parts of Stable Diffusion, in evaluation mode: tokenizer, text_encoder, unet, vae; and its defaults."""
 
-    def __init__(self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer):
+    def __init__(
+        self, unet: UNet, vae: VAE, text_encoder: TextEncoder, tokenizer: Tokenizer, defaults: Defaults | None = None
+    ):
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet.eval(), vae.eval(), text_encoder.eval(), tokenizer
+        self.defaults = defaults or Defaults()
         self.alphas_cumprod = ddim.alphas_cumprod()  # (1000,), on the CPU
 
     @classmethod
@@ -147,7 +149,7 @@ class StableDiffusion:
         controlnet: ControlNet | Sequence[ControlNet] | None = None,
         negative_prompt: str = "",
         num_steps: int = 20,
-        guidance_scale: float = 9.0,
+        guidance_scale: float | None = None,
         conditioning_scale: float | Sequence[float] = 1.0,
         control_start: float = 0.0,
         control_end: float = 1.0,
@@ -165,11 +167,11 @@ class StableDiffusion:
         """Draw pictures by DDIM with classifier-free guidance, steered by a hint if a ControlNet is given.
 
         prompt               text; a list of texts, one picture each (then num_images must be 1); or a captioner: the
-                             paper's automatic prompts, where a picture for DEFAULT_PROMPT is captioned and drawn again
+                             paper's automatic prompts, where a picture for the default prompt is captioned and drawn again
         hint                 picture, its path, array or tensor in [0, 1], height x width pixels; a tensor may hold one each
         controlnet           one, or several with as many hints, whose residuals are added
         num_steps            1 to 1000
-        guidance_scale       1 is off; the paper's value is 9
+        guidance_scale       1 is off; by default the model's own: 9, as in the paper, or what its folder says
         conditioning_scale   factor on the 13 residuals, 0 and up; 1 is as trained; or one for each ControlNet
         control_start, _end  fractions of the steps that run, 0 to 1, between which the ControlNet does, too; with
                              denoise 0.5 and 20 steps, 10 run
@@ -183,9 +185,11 @@ class StableDiffusion:
         height, width        pixels, multiples of 8; by default those of the hint or the image, else of the training pictures
         Raises ValueError or TypeError, saying what was expected, for anything out of range.
         """
+        if guidance_scale is None:
+            guidance_scale = self.defaults.guidance_scale
         settings = {name: value for name, value in locals().items() if name not in ("self", "prompt")}
         if callable(prompt):
-            first = self.generate([DEFAULT_PROMPT] * num_images, **settings | {"num_images": 1})
+            first = self.generate([self.defaults.default_prompt] * num_images, **settings | {"num_images": 1})
             return self.generate([prompt(picture) for picture in first], **settings | {"num_images": 1})
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         check_settings(prompt, settings)
@@ -196,6 +200,7 @@ class StableDiffusion:
         prompts = [prompt] * num_images if isinstance(prompt, str) else prompt
         guided = guidance_scale != 1
         context = self.encode_prompts([negative_prompt] * len(prompts) + prompts if guided else prompts)
+        check_words([*prompts, negative_prompt], self.defaults.words)
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn((len(prompts), 4, height // 8, width // 8), generator=generator).to(self.device)
         controls = [
@@ -237,7 +242,9 @@ class Start:
         for name, picture in (("image", image), ("mask", mask)):
             if picture is not None and picture.size != (width, height):
                 came = f"{picture.width}x{picture.height}"
-                raise ValueError(f"the {name} is {came} pixels, but the picture {width}x{height}: make them the same size")
+                raise ValueError(
+                    f"the {name} is {came} pixels, but the picture {width}x{height}: make them the same size (--fit)"
+                )
         self.image, self.noise, self.num_steps, self.abar = to_rgb(image), noise, steps, sd.alphas_cumprod
         self.x_0, self.visited = sd.encode_images([self.image]), ddim.timesteps(steps)
         self.step = steps - max(1, round(steps * denoise))

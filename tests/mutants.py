@@ -940,6 +940,18 @@ BUGS = {
     ],
     "minicn/inputs.py": [
         (
+            "another size than the model's is silent",
+            "if not 2 / 3 <= height * width / default**2 <= 3 / 2:",
+            "if False:",
+            "test_any_multiple_of_eight_is_drawn",
+        ),
+        (
+            "unknown words are silent",
+            "if known and strange:",
+            "if False:",
+            "test_words_that_a_model_of_few_words_does_not_know_are_named",
+        ),
+        (
             "transparent hints are silent",
             "        if opacity(hint) is not None:\n",
             "        if False:\n",
@@ -971,6 +983,12 @@ BUGS = {
         ),
     ],
     "minicn/pipeline.py": [
+        (
+            "the guidance scale is 9 for every model",
+            "guidance_scale = self.defaults.guidance_scale",
+            "guidance_scale = 9.0",
+            "test_the_guidance_scale_is_the_models_own",
+        ),
         (
             "a transparent mask is white",
             'to_rgb(mask, "black")',
@@ -1323,6 +1341,12 @@ BUGS = {
     ],
     "minicn/checkpoints/models.py": [
         (
+            "a model's defaults are not saved",
+            "files.write_json(folder / DEFAULTS_FILE, asdict(sd.defaults))",
+            "pass",
+            "test_defaults_travel_with_a_whole_model",
+        ),
+        (
             "the difference is not added to the U-Net",
             "whole + found.file.weight(",
             "found.file.weight(",
@@ -1441,6 +1465,9 @@ BUGS = {
             "test_odd_sizes_are_refused_before_anything_is_drawn",
         ),
     ],
+    "minicn/commands/stopping.py": [
+        ("Ctrl-C is a traceback", "sys.excepthook = say", "pass", "test_ctrl_c_in_the_first_second_is_a_word"),
+    ],
     "minicn/commands/options.py": [
         (
             "whole numbers have no range",
@@ -1451,6 +1478,24 @@ BUGS = {
     ],
     "minicn/commands/generate.py": [
         (
+            "defaults replace the settings of a picture",
+            "argparse.Namespace(**dict.fromkeys(vars(args)))",
+            "None",
+            "test_the_settings_of_a_picture_are_used_again",
+        ),
+        (
+            "a hint that was given is not looked at",
+            "        look(name, np.asarray(hint), str(path), remedy",
+            "        dict(remedy",
+            "test_a_hint_that_looks_wrong_is_noted",
+        ),
+        (
+            "a mask is not fitted",
+            "mask = mask and conditions.fit(mask, target, hint=True)",
+            "pass",
+            "test_hint_image_and_mask_are_fitted",
+        ),
+        (
             "what has no place is lost",
             "        conditions.save_image(picture, instead, pnginfo=settings)\n",
             "        pass\n",
@@ -1458,6 +1503,12 @@ BUGS = {
         ),
     ],
     "minicn/commands/cli.py": [
+        (
+            "the command line speaks Python",
+            'REMEDY.sub(r"(\\1)", str(message))',
+            "str(message)",
+            "test_the_command_line_names_options",
+        ),
         (
             "an output may replace an input",
             "    if any(given is not None and",

@@ -63,6 +63,9 @@ RANGES = {  # of every field that decides what is built, lowest and highest; of 
     "num_layers": (1, 64),
     "max_positions": (1, 1024),
     "scaling_factor": (1e-4, 1e4),
+    "guidance_scale": (0, 100),
+    "default_prompt": (0, 1000),  # characters
+    "words": (0, 10000),
 }
 
 # Settings in which other models differ, with Stable Diffusion 1.5's values, which hold where a file states none.
@@ -170,10 +173,13 @@ def checked(config_class: type[C], found: dict, source: str | Path, names: dict[
     for name, like in fields.items():
         value, (low, high) = getattr(cfg, name), RANGES.get(name, (False, True))
         if like is not dataclasses.MISSING and not _fits(value, like, low, high):
-            expected = {tuple: "1 to 8 integers from ", int: "an integer from ", float: "a number from ", bool: ""}[
-                type(like)
-            ]
-            expected += f"{low} to {high}" if expected else "true or false"
+            expected = {
+                tuple: f"1 to 8 integers from {low} to {high}",
+                int: f"an integer from {low} to {high}",
+                float: f"a number from {low} to {high}",
+                str: f"text of {low} to {high} characters",
+                bool: "true or false",
+            }[type(like)]
             raise ValueError(f"{source} has {names.get(name, name)} {value!r}, but expected {expected}")
     for name, widths in _divided(cfg).items():
         if any(width % getattr(cfg, name) for width in widths):
@@ -189,6 +195,8 @@ def _fits(value: object, like: object, low: float, high: float) -> bool:
     """Return whether a value is of the type of a default, and it, or each of a tuple, lies in a range."""
     if isinstance(like, tuple):
         return isinstance(value, tuple) and 1 <= len(value) <= 8 and all(_fits(v, 1, low, high) for v in value)
+    if isinstance(like, str):
+        return isinstance(value, str) and low <= len(value) <= high
     return type(value) in ((int, float) if isinstance(like, float) else (type(like),)) and low <= value <= high
 
 

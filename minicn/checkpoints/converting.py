@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minicn.checkpoints import configs, files, hub, loading, weights
-from minicn.checkpoints.models import MODELS, load_model, save_model
+from minicn.checkpoints.models import MODELS, load_model, read_defaults, save_model
 from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer
@@ -138,7 +138,8 @@ def convert(
         models = {kind: _load(path, held[kind], kind, keep[kind], variant, ema and kind == "unet") for kind in wanted}
         if part == "model":
             words = _tokenizer(path, tokenizer) if layout == "diffusers" else None  # a single file has no place for it
-            StableDiffusion(**models, tokenizer=words).save(destination, layout=layout)
+            defaults = read_defaults(path, None if path.is_dir() else held["unet"])
+            StableDiffusion(**models, tokenizer=words, defaults=defaults).save(destination, layout=layout)
         else:
             save_model(part, models[part], destination, layout)
     precisions = " and ".join(sorted({str(own).removeprefix("torch.") for own in keep.values()}))

@@ -209,7 +209,7 @@ def find_weights(folder: Path, names: tuple[str, ...], variant: str | None = Non
                 if ".index." in path.name and path.suffix == ".json":
                     return path
     wanted = f"{names[0]}{variants[0]}.safetensors"
-    raise FileNotFoundError(f"{folder} holds no {wanted} (nor .bin, nor shards): fetch the folder again")
+    raise FileNotFoundError(f"{folder} holds no {wanted} (nor .bin, nor shards): name another, or fetch it again")
 
 
 @contextlib.contextmanager

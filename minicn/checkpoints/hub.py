@@ -20,7 +20,7 @@ REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def resolve(source: str | Path, variant: str | None = None) -> Path:
     """Return the file or folder that a source names; fetch it if it is a repository, or a file in one.
 
-    source   a path; "toy" or "toy-canny"; "owner/name"; "owner/name/file.safetensors"
+    source   a path, also of a run's folder; "toy" or "toy-canny"; "owner/name"; "owner/name/file.safetensors"
     variant  of a repository's weights, e.g. "fp16"
     Raises FileNotFoundError saying what to install, fetch or name.
     """
@@ -28,11 +28,11 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
     if text == "toy":
         return TOY_BASE
     if Path(source).exists():
-        return Path(source)
+        return _of_run(Path(source))
+    there = ", ".join(sorted(f"toy-{folder.name}" for folder in TOY_CONTROLNETS.glob("*/")))
     if text.startswith("toy-"):
         path = TOY_CONTROLNETS / text.removeprefix("toy-")
         if not path.is_dir():
-            there = ", ".join(sorted(f"toy-{folder.name}" for folder in TOY_CONTROLNETS.glob("*/")))
             raise FileNotFoundError(
                 f"there is no ControlNet {source}; those that are installed: {there or 'none'}; minicn's repository holds "
                 "eleven, in minicn/toy/next/controlnets: name the folder of one"
@@ -40,7 +40,10 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
         return path
     parts = text.split("/")
     if not isinstance(source, str) or not REPOSITORY.fullmatch("/".join(parts[:2])) or ".." in parts or "" in parts:
-        raise FileNotFoundError(f'{source} is not a file or folder: name one, a Hugging Face repository (owner/name), "toy"')
+        raise FileNotFoundError(
+            f'{source} is not a file or folder: name one, a Hugging Face repository (owner/name), "toy", or of its '
+            f"ControlNets one of {there}"
+        )
     if len(parts) > 2:
         return fetch_file("/".join(parts[:2]), "/".join(parts[2:]))
     dot = f".{variant}" if variant else ""
@@ -51,6 +54,18 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
     if old:
         folder = fetch_folder(text, small + [f"{part}{name}{dot}*" for part in old for name in WEIGHTS])
     return folder
+
+
+def _of_run(path: Path) -> Path:
+    """Return the weights in the folder of a training run: all of the model if it was unlocked; any other path as it is."""
+    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "model_index.json", "unet")):
+        return path
+    for name in ("model.safetensors", "controlnet.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    if (path / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"{path} is the folder of a run that has written no weights yet: finish it with --resume")
+    return path
 
 
 def fetch_folder(repository: str, patterns: list[str], only_cached: bool = False) -> Path:

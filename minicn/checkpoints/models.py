@@ -13,6 +13,7 @@ from torch import nn
 from minicn.checkpoints import configs, files, hub, loading, weights
 from minicn.clip import TextConfig, TextEncoder
 from minicn.controlnet import ControlNet, ControlNetConfig
+from minicn.inputs import Defaults
 from minicn.tokenizer import Tokenizer
 from minicn.unet import UNet, UNetConfig
 from minicn.vae import VAE, VAEConfig
@@ -22,6 +23,7 @@ MODELS = {  # kind: model class, config class, reader of its config.json, names 
     "vae": (VAE, VAEConfig, configs.read_vae, ("diffusion_pytorch_model",)),
     "text_encoder": (TextEncoder, TextConfig, configs.read_text, ("model", "pytorch_model")),
 }
+DEFAULTS_FILE = "minicn.json"  # in the folder of a model whose defaults are not Stable Diffusion 1.5's
 SHUFFLE = re.compile(r"control_v11e_sd15_shuffle([._]fp16)?\.(pth|safetensors|ckpt|bin)")  # the published files' names
 
 
@@ -89,7 +91,7 @@ def load_stable_diffusion(
     variant: str | None = None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """Load unet, vae, text_encoder and tokenizer, under these names.
+    """Load unet, vae, text_encoder, tokenizer and defaults, under these names.
 
     source     a diffusers folder; an ldm .safetensors, .ckpt or .pth; a Hugging Face repository; or "toy", the small
                model that ships with the package
@@ -126,7 +128,15 @@ def load_stable_diffusion(
     size = models["text_encoder"].cfg.vocab_size
     if not all(isinstance(i, int) and 0 <= i < size for i in words.vocab.values()):
         raise ValueError(f"{path}: its text encoder knows {size} tokens, but the tokenizer gives others: use its own")
-    return {**models, "tokenizer": words}
+    return {**models, "tokenizer": words, "defaults": read_defaults(path, found)}
+
+
+def read_defaults(path: Path, found: weights.Contents | None = None) -> Defaults:
+    """Return the defaults that a model's folder keeps, or the file of which `found` are the contents."""
+    if found is None:
+        path = path / DEFAULTS_FILE
+        return configs.checked(Defaults, files.read_json(path) if path.exists() else {}, path)
+    return configs.checked(Defaults, weights.written(found).get("defaults", {}), path)
 
 
 def load_controlnet(
@@ -150,8 +160,6 @@ def load_controlnet(
         raise TypeError(f"unet is {type(unet).__name__}, but must be a UNet or a StableDiffusion: give sd.unet")
     path = hub.resolve(source, variant)
     config: dict = {}
-    if not (path / "config.json").is_file() and (path / "controlnet.safetensors").is_file():
-        path = path / "controlnet.safetensors"  # the folder of a training run
     if path.is_dir():
         config = files.read_json(path / "config.json")
         file = files.open_weights(files.find_weights(path, ("diffusion_pytorch_model",), variant))
@@ -165,7 +173,7 @@ def load_controlnet(
         shape = configs.read_unet(path / "config.json")
     elif found.difference:
         if unet is None:
-            raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (unet=sd.unet)")
+            raise ValueError(f"{file.path} is a difference file: give the U-Net that it was made for (--unet, unet=sd.unet)")
         shape = unet.cfg
     else:
         shape = configs.checked(UNetConfig, weights.fields_of(found, "controlnet"), file.path)
@@ -233,9 +241,11 @@ def _warn_of_another_unet(found: weights.Contents, unet: UNet) -> None:
 # Saving
 
 
-def save_file(models: Mapping[str, nn.Module], path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_file(
+    models: Mapping[str, nn.Module], path: str | Path, dtype: torch.dtype | None = None, defaults: Defaults | None = None
+) -> None:
     """Write models, by kind, into one .safetensors in the ldm layout, in their own precision unless `dtype` is given."""
-    state, fields = {}, {}
+    state, fields = {}, {} if defaults in (None, Defaults()) else {"defaults": asdict(defaults)}
     for kind, model in models.items():
         state |= {weights.PREFIXES[kind] + key: t.to(dtype or t.dtype) for key, t in model.state_dict().items()}
         if kind == "controlnet":
@@ -280,7 +290,7 @@ def save_stable_diffusion(sd, path: str | Path, dtype: torch.dtype | None = None
     check_layout(layout)
     parts = {kind: getattr(sd, kind) for kind in MODELS}
     if layout == "ldm":
-        save_file(parts, path, dtype)
+        save_file(parts, path, dtype, sd.defaults)
         return
     sample_size = sd.image_size // 8  # side of the latents that diffusers draws by default
     config = {
@@ -294,6 +304,8 @@ def save_stable_diffusion(sd, path: str | Path, dtype: torch.dtype | None = None
         sd.tokenizer.save(folder / "tokenizer")
         files.write_json(folder / "scheduler" / "scheduler_config.json", configs.SCHEDULER_CONFIG)
         files.write_json(folder / "model_index.json", configs.MODEL_INDEX)
+        if sd.defaults != Defaults():
+            files.write_json(folder / DEFAULTS_FILE, asdict(sd.defaults))
 
 
 def check_layout(layout: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import io
+import itertools
 import logging
 import os
 import re
@@ -27,6 +28,7 @@ MEMORY_ENDS = re.compile(  # in PyTorch's words for each device and library, and
     "(allocate|out of|enough) memory|calculation overflowed|multiplication overflow|unpacking long|bad_alloc|"
     "nvalid buffer size|could not (create|execute) a (primitive|memory)|array is too big|aximum allowed dimension"
 )
+REMEDY = re.compile(r"\((--[a-z-]+), [\w.=]+\)")  # as "(--fit, conditions.fit)": an option, and what it is in Python
 SIZES = "batch_size resolution num_images height width count scenes pictures".split()
 
 
@@ -83,6 +85,13 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_max, 0)
         library.mallopt(trim_threshold, 2**31 - 1)
+
+
+def free(name: str) -> Path:
+    """Return the first of NAME.png, NAME-2.png, ... of which the folder holds none, nor pictures numbered after it."""
+    path = Path(name)
+    names = (path.with_stem(path.stem + f"-{i}" * (i > 1)) for i in itertools.count(1))
+    return next(each for each in names if not any(Path().glob(f"{each.stem}*{each.suffix}")))
 
 
 def check_picture(path: Path, *inputs: Path | None) -> None:
@@ -150,11 +159,16 @@ def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
     return f"out of memory{amount}: take less than {' and '.join(given) or 'this'}, and smaller pictures"
 
 
+def spoken(message: object) -> str:
+    """Return a message of the library as a line for the command line: it names the option, not what it is in Python."""
+    return files.printable(REMEDY.sub(r"(\1)", str(message)))
+
+
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print minicn's own warnings as one line; other libraries' warnings are for developers."""
     if Path(__file__).parents[1] in Path(filename).parents:
         with contextlib.suppress(OSError):  # a console that is gone stops nothing
-            print(f"note: {files.printable(message)}", file=sys.stderr)
+            print(f"note: {spoken(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -174,7 +188,7 @@ def polite_errors(args: argparse.Namespace, run: bool = False) -> Iterator[None]
         line = out_of_memory(error, args)
         if line is None and not isinstance(error, (ValueError, TypeError, OSError)):
             raise
-        print(f"error: {files.printable(line or error)}", file=sys.stderr)
+        print(f"error: {spoken(line or error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         kept = run and (args.output / "checkpoint.pt").is_file()

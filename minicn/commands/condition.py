@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from minicn import conditions
@@ -40,7 +41,7 @@ def condition_options(command: argparse.ArgumentParser) -> None:
         "--size",
         type=size,
         metavar="WxH",
-        help="key points: width and height of their picture, pixels (default: the file's)",
+        help="of the hint: pictures and maps are scaled and cropped to it; of key points, the picture in which they lie",
     )
     add("--like", type=Path, metavar="PICTURE", help="key points: a picture of that size")
     add("--first-label", type=cli.whole(0, 255), help="label of wall or person (default: 0 for ade20k, 1 for coco_stuff)")
@@ -68,9 +69,14 @@ def size(text: str) -> tuple[int, int]:
 
 def condition(args: argparse.Namespace) -> None:
     cli.check_picture(args.hint, args.image, args.like)
-    options = {key: value for key, value in vars(args).items() if key not in ("command", "name", "image", "hint")}
+    options = {key: value for key, value in vars(args).items() if key not in ("command", "argv", "name", "image", "hint")}
     hint, did = making.make(args.name, args.image, **options)
     conditions.save_image(Image.fromarray(hint), args.hint)
     print(f"{args.hint}: {hint.shape[1]}x{hint.shape[0]} pixels, {did}")
-    for doubt in conditions.doubts(args.name, hint, args.version or "v1.1"):
-        print(f"note: {args.hint} may be wrong: {doubt}", file=sys.stderr)
+    look(args.name, hint, str(args.hint), args.version or "v1.1")
+
+
+def look(name: str | None, hint: np.ndarray, shown: str, version: str = "v1.1", remedy: str = "") -> None:
+    """Note what looks wrong in a hint (H, W, 3) uint8 of a condition, None if that is unknown."""
+    for doubt in conditions.doubts(name, hint, version):
+        print(f"note: {shown} may be wrong: {doubt}{remedy}", file=sys.stderr)

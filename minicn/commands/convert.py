@@ -1,10 +1,12 @@
-"""`minicn convert` and `minicn inspect`: weights in another layout, and what a file holds."""
+"""`minicn convert` and `minicn inspect`: weights in another layout, and what a file or a picture holds."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from minicn.checkpoints import converting, files
 from minicn.commands import cli
+from minicn.commands.generate import recorded
 
 
 def convert_options(command: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def convert_options(command: argparse.ArgumentParser) -> None:
 
 
 def inspect_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", help="folder, file or repository")
+    command.add_argument("source", help="folder, file or repository; or a PNG, for the settings that made it")
     command.add_argument("--compare-to", help="model with which to compare the U-Net, tensor by tensor")
 
 
@@ -36,6 +38,13 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
+    if Path(args.source).suffix.lower() == ".png":
+        record = recorded(Path(args.source))
+        for name, value in record.items():
+            print(files.printable(f"{name}: {value}"))
+        if record.get("command") == "generate":
+            print(files.printable(f"draw it again: minicn generate --like {shlex.quote(args.source)}"))
+        return
     for line in converting.describe(args.source):
         print(files.printable(line))
     if args.compare_to:

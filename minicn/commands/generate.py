@@ -7,21 +7,31 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import minicn
-from minicn import conditions, threads
+from minicn import conditions, threads, toy
+from minicn.checkpoints import files
 from minicn.commands import cli
+from minicn.commands.condition import look
+from minicn.conditions import images, making
 from minicn.controlnet import ControlNet
-from minicn.pipeline import DEFAULT_PROMPT, StableDiffusion
+from minicn.pipeline import StableDiffusion
 
 SETTINGS = "negative_prompt num_steps guidance_scale control_start control_end denoise eta seed num_images height width"
+OF_A_RUN = "command argv like output sheet device threads prompt_setting captioner".split()  # not of a picture
 SCALE, SHARE = cli.number(0, 100), cli.number(0, 1)
 
 
 def generate_options(command: argparse.ArgumentParser) -> None:
+    command.epilog = (
+        f"The toy knows one to three things ({', '.join(toy.THINGS)}) in {', '.join(toy.COLOURS)}, on a background that is "
+        f"{', '.join(toy.BACKGROUNDS)}: a red ball {toy.RELATIONS[0]} a blue box on a white background "
+        f"(or {', '.join(toy.RELATIONS[1:])}); a red ball, a blue box and a green star on a grey background."
+    )
     add = command.add_argument
     add("--model", default="toy", help=cli.MODEL)
     add_control(add)
@@ -34,13 +44,19 @@ def generate_options(command: argparse.ArgumentParser) -> None:
     cli.add_weights(add)
     cli.add_device(add)
     cli.add_threads(add)
-    text = "picture to write; its extension determines the format; PNG keeps the settings"
-    add("--output", type=Path, required=True, help=text)
+    text = "picture to write; its extension determines the format; PNG keeps the settings (default: out.png, out-2.png, ...)"
+    add("--output", type=Path, help=text)
+    add("--sheet", type=Path, help="also write hints and pictures side by side, into this file")
+    add("--like", type=Path, metavar="PICTURE", help="take the settings that a PNG keeps, but for those given here")
 
 
 def add_control(add: Callable) -> None:
     add("--controlnet", action="append", help='folder, file, repository, or "toy-canny"; may be given several times')
     add("--hint", type=Path, action="append", help="picture that steers, as large as the picture to draw; one a ControlNet")
+    text = "make the hint of this condition from --hint, as `minicn condition` does; one, or one a hint"
+    add("--hint-from", choices=conditions.NAMES, metavar="CONDITION", action="append", help=text)
+    text = "scale and crop hint, image and mask to the size at which the model was trained, or to --width and --height"
+    add("--fit", action="store_true", help=text)
     add("--conditioning-scale", type=SCALE, action="append", help="weight of a hint, 0 to 100 (default: 1, as trained)")
     add("--control-start", type=SHARE, default=0.0, help="fraction of the steps that run at which control begins, 0 to 1")
     add("--control-end", type=SHARE, default=1.0, help="fraction of the steps that run at which control ends, 0 to 1")
@@ -60,14 +76,14 @@ def add_prompt(add: Callable) -> None:
         "--prompt-setting",
         choices=("user", "none", "default", "automatic"),
         default="user",
-        help=f'the paper\'s four: --prompt; the empty one; "{DEFAULT_PROMPT}"; a caption of what that one draws',
+        help="the paper's four: --prompt; the empty one; the model's default; a caption of what that one draws",
     )
     add("--captioner", help="automatic: a BLIP model for transformers, if installed (default: the toy's own, on the toy)")
 
 
 def add_sampling(add: Callable) -> None:
     add("--num-steps", type=cli.whole(1, 1000), default=20, help="DDIM steps, 1 to 1000")
-    add("--guidance-scale", type=SCALE, default=9.0, help="how strongly the prompt counts, 0 to 100; 1 is off")
+    add("--guidance-scale", type=SCALE, help="how strongly the prompt counts, 0 to 100; 1 is off (default: the model's own)")
     add("--image", type=Path, help="picture to start from")
     add("--mask", type=Path, help="picture, white where --image is redrawn; black or transparent where it stays")
     add("--denoise", type=SHARE, default=1.0, help="with --image: fraction of the steps to run, above 0 to 1")
@@ -80,20 +96,25 @@ def add_sampling(add: Callable) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    count, named = args.num_images, args.output
-    outputs = [named] if count == 1 else [named.with_stem(f"{named.stem}-{i}") for i in range(count)]
-    for path in outputs:
-        cli.check_picture(path, *(args.hint or []), args.image, args.mask)
+    args = args if args.like is None else again(args)
     check(args)
-    hints = [conditions.load_image(path, hint=True) for path in args.hint or []]
+    outputs = places(args)
+    hints = [None if args.hint_from else conditions.load_image(path, hint=True) for path in args.hint or []]
     image = None if args.image is None else conditions.load_image(args.image)
     mask = None if args.mask is None else conditions.load_image(args.mask, "black")
     sd, nets = load(args)
+    if args.guidance_scale is None:
+        args.guidance_scale = sd.defaults.guidance_scale
+    hints = [sized(args, i, hint, sd.image_size) for i, hint in enumerate(hints)]
+    if args.fit:
+        target = args.width or sd.image_size, args.height or sd.image_size
+        image = image and conditions.fit(image, target)
+        mask = mask and conditions.fit(mask, target, hint=True)
     like = hints[0] if hints else image
     width, height = like.size if like else (sd.image_size, sd.image_size)
     width, height = args.width or width, args.height or height
-    need = sd.vae.cfg.channels[0] * sd.vae_dtype.itemsize * count * height * width  # the decoder's last level
-    cli.check_memory(sd.device, need, f"--num-images {count} of {width}x{height} pixels")
+    need = sd.vae.cfg.channels[0] * sd.vae_dtype.itemsize * args.num_images * height * width  # the decoder's last level
+    cli.check_memory(sd.device, need, f"--num-images {args.num_images} of {width}x{height} pixels")
     settle_threads(args, sd, nets)
     scales = args.conditioning_scale or [1.0]
     prompt, captions = prompt_of(args, sd)
@@ -108,15 +129,84 @@ def generate(args: argparse.Namespace) -> None:
         mask=mask,
         progress=True,
     )
-    record = {key: value for key, value in vars(args).items() if value is not None}
+    record = {key: value for key, value in vars(args).items() if value is not None and key not in ("argv", "like", "sheet")}
     record |= {"minicn": minicn.__version__, "device": str(sd.device)}
     said = [record | {"index": i, "prompt": captions[i] if captions else prompt} for i in range(len(drawn))]
     lost = [keep(*each) for each in zip(drawn, outputs, said, strict=True)]
     for picture, path, error in zip(drawn, outputs, lost, strict=True):
         if not error:
             print(f"{path}: {picture.width}x{picture.height} pixels, seed {args.seed}")
+    if args.sheet:
+        columns = [("hint", hint) for hint in hints] + [("drawn", picture) for picture in drawn]
+        conditions.save_image(conditions.side_by_side(columns), args.sheet)
+        print(f"{args.sheet}: side by side")
     if any(lost):
         raise OSError("; ".join(filter(None, lost)))
+
+
+def places(args: argparse.Namespace) -> list[Path]:
+    """Return where each picture goes. Raises ValueError, before any work, where one, or the sheet, cannot be written."""
+    named, count = args.output or cli.free("out.png"), args.num_images
+    outputs = [named] if count == 1 else [named.with_stem(f"{named.stem}-{i}") for i in range(count)]
+    for path in outputs if args.sheet is None else [*outputs, args.sheet]:
+        cli.check_picture(path, *(args.hint or []), args.image, args.mask, args.like)
+    if args.sheet in outputs:
+        raise ValueError(f"--sheet {args.sheet} would replace the picture: name another file")
+    return outputs
+
+
+def sized(args: argparse.Namespace, i: int, hint: Image.Image | None, side: int) -> Image.Image:
+    """Return hint i as it was read, or made (None) from what --hint names; fitted if asked; note what looks wrong in it.
+
+    side  of the pictures that the model was trained on; a hint that is made has it as its shorter one, if nothing is said
+    """
+    path, net = args.hint[i], Path(args.controlnet[i]).name.removeprefix("toy-")
+    size = (args.width or side, args.height or side) if args.fit or args.hint_from and (args.width or args.height) else None
+    if hint is None:
+        name = args.hint_from[i % len(args.hint_from)]
+        pixels, did = making.make(name, path, resolution=size or side)
+        print(f"hint from {path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, {did}")
+        look(name, pixels, f"the hint from {path}")
+        return Image.fromarray(pixels)
+    hint = conditions.fit(hint, size, hint=True) if size else hint
+    if any(low < high for low, high in hint.getextrema()):  # of a single colour: that is said while drawing
+        name = net if net in conditions.NAMES else None
+        look(name, np.asarray(hint), str(path), remedy=f"; --hint-from {name or 'CONDITION'} makes a hint of it")
+    return hint
+
+
+def again(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the settings that the picture --like keeps, in place of those not given on the command line."""
+
+    def refuse(message: str):
+        raise ValueError(f"{args.like} keeps a setting that does not fit: {message}")
+
+    words = []
+    record = recorded(args.like)
+    if record.get("command") != "generate":
+        raise ValueError(f"{args.like} keeps the settings of something else: name a PNG that `minicn generate` wrote")
+    for name, value in record.items():
+        if name in vars(args) and name not in OF_A_RUN and value is not False:
+            option = "--" + name.replace("_", "-")
+            values = value if isinstance(value, list) else [value]
+            words += [option if each is True else f"{option}={each}" for each in values]
+    parser = cli.parser()
+    generate_options(parser)
+    given = parser.parse_args(args.argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    parser.error = refuse
+    kept = parser.parse_args(words)
+    if given.prompt_setting is not None:
+        kept.prompt = None
+    return argparse.Namespace(**vars(kept) | {name: value for name, value in vars(given).items() if value is not None})
+
+
+def recorded(path: Path) -> dict:
+    """Return the settings that a PNG keeps. Raises ValueError if it keeps none."""
+    text = images.open_image(path).info.get("minicn")
+    found = files.parse_json(text, path, "a picture with settings") if isinstance(text, str) else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} keeps no settings: name a PNG that minicn wrote")
+    return found
 
 
 def keep(picture: Image.Image, path: Path, record: dict) -> str:
@@ -139,11 +229,15 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--prompt is missing: say what to draw, or choose --prompt-setting none, default or automatic")
     if args.prompt_setting != "user" and given:
         raise ValueError(f"--prompt and --prompt-setting {args.prompt_setting} exclude each other: give one")
-    nets, hints, scales = (len(some or []) for some in (args.controlnet, args.hint, args.conditioning_scale))
+    lists = (args.controlnet, args.hint, args.conditioning_scale, args.hint_from)
+    nets, hints, scales, sources = (len(some or []) for some in lists)
     if nets != hints:
         raise ValueError(f"--hint and --controlnet go together, got {hints} and {nets}: give as many of each")
-    if nets and scales not in (0, 1, nets):
-        raise ValueError(f"got {scales} --conditioning-scale for {nets} --controlnet: give one, or one for each")
+    for option, count in (("conditioning-scale", scales), ("hint-from", sources)):
+        if nets and count not in (0, 1, nets):
+            raise ValueError(f"got {count} --{option} for {nets} --controlnet: give one, or one for each")
+    for path in args.hint or []:
+        images.check_file(path, "an image")
     check_needs(args)
     if args.control_start > args.control_end:
         raise ValueError(f"--control-start {args.control_start} lies after --control-end {args.control_end}: swap them")
@@ -151,12 +245,13 @@ def check(args: argparse.Namespace) -> None:
 
 def check_needs(args: argparse.Namespace) -> None:
     """Raise ValueError for an option that has no effect without another one."""
-    control = ["conditioning-scale", "guess-mode", "control-start", "control-end"]
-    defaults = {"control-start": 0.0, "control-end": 1.0, "denoise": 1.0}
+    control = ["hint-from", "conditioning-scale", "guess-mode", "control-start", "control-end"]
+    defaults = {"fit": False, "control-start": 0.0, "control-end": 1.0, "denoise": 1.0}
     automatic = args.prompt_setting == "automatic"
     for options, needed, there in (
         (control, "--controlnet", args.controlnet),
         (["denoise", "mask"], "--image", args.image),
+        (["fit"], "--hint or --image", args.hint or args.image),
         (["captioner"], "--prompt-setting automatic", automatic),
     ):
         for option in options:
@@ -198,10 +293,10 @@ def prompt_of(args: argparse.Namespace, sd: StableDiffusion) -> tuple[str | Call
     """Return the prompt, or a function that captions a picture, and the list in which that one keeps its captions."""
     captions = []
     if args.prompt_setting != "automatic":
-        return {"user": args.prompt, "none": "", "default": DEFAULT_PROMPT}[args.prompt_setting], captions
+        return {"user": args.prompt, "none": "", "default": sd.defaults.default_prompt}[args.prompt_setting], captions
     from minicn.toy import captioning
 
-    caption = captioning.captioner(args.captioner, sd, args.model)
+    caption = captioning.captioner(args.captioner, sd)
 
     def automatic(picture: Image.Image) -> str:
         captions.append(caption(picture))

@@ -41,11 +41,12 @@ def add_recipe(add: Callable, names: str, **defaults) -> None:
         add("--" + field.name.replace("_", "-"), **option)
 
 
-def add_run(add: Callable, *, pictures: int, pictures_help: str, guidance_scale: float) -> None:
+def add_run(add: Callable, *, pictures: int, pictures_help: str) -> None:
     """Add the options of a run that are not its recipe's."""
     add("--controlnet", help="continue from this one, e.g. one trained with --connect middle (default: a fresh copy)")
     add("--pictures", type=cli.whole(0, 1000), default=pictures, help=pictures_help)
-    add("--guidance-scale", type=cli.number(0, 100), default=guidance_scale, help="of the validation pictures, 0 to 100")
+    guidance = "of the validation pictures, 0 to 100 (default: the model's own)"
+    add("--guidance-scale", type=cli.number(0, 100), help=guidance)
     add("--score-every", type=cli.whole(1), default=250, help="steps between validations and rows of the log")
     add("--checkpoint-every", type=cli.whole(1), default=1000, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --output")

@@ -25,7 +25,7 @@ def train_options(command: argparse.ArgumentParser) -> None:
     held = "pairs, the first of the folder, to draw and score, not to learn from (default: 4, but at most half of all)"
     add("--held-out", type=cli.whole(0), help=held)
     shown = "held-out pairs that are drawn and scored during training; 0: none"
-    runs.add_run(add, pictures=4, pictures_help=shown, guidance_scale=9.0)
+    runs.add_run(add, pictures=4, pictures_help=shown)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def hold_out(pairs: list[data.Pair], count: int) -> tuple[list[data.Pair], list[
     return pairs[: count or None], pairs[count:]
 
 
-def validation(sd: StableDiffusion, pairs: list[data.Pair], size: int, guidance_scale: float) -> recording.Validation:
+def validation(sd: StableDiffusion, pairs: list[data.Pair], size: int, guidance_scale: float | None) -> recording.Validation:
     """Return what draws the hints of some pairs."""
     hints, truths = zip(*(data.load_pair(pair, size) for pair in pairs), strict=True)
     return recording.Validation(sd, list(truths), list(hints), [pair.prompt for pair in pairs], guidance_scale)

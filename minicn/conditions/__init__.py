@@ -11,12 +11,14 @@ from minicn.conditions.edges import canny, draw_lines, find_lines, hough
 from minicn.conditions.filters import resample
 from minicn.conditions.images import (
     VERSIONS,
+    fit,
     load_hint,
     load_image,
     official_resize,
     official_size,
     resize_hint,
     save_image,
+    side_by_side,
 )
 from minicn.conditions.labels import ade20k, coco_stuff, read_labels
 from minicn.conditions.poses import (
@@ -56,6 +58,7 @@ __all__ = [
     "draw_lines",
     "fake_scribble",
     "find_lines",
+    "fit",
     "hed",
     "hint_tensor",
     "hough",
@@ -78,6 +81,7 @@ __all__ = [
     "resize_hint",
     "save_image",
     "scribble",
+    "side_by_side",
     "soft_edges",
     "to_rgb",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from minicn.checkpoints import files
@@ -142,8 +142,35 @@ def load_hint(path: str | Path) -> Tensor:
 def resize_hint(image: Image.Image, height: int, width: int) -> Image.Image:
     """Resize a hint to the size of the picture to generate: by averaging if it shrinks, without new colours if it grows."""
     check_enlarged(image.size, (width, height))
-    smaller = height * width < image.width * image.height
-    return image.resize((width, height), Image.Resampling.BOX if smaller else Image.Resampling.NEAREST)
+    return image.resize((width, height), _filter(image, height, width))
+
+
+def _filter(hint: Image.Image, height: int, width: int) -> Image.Resampling:
+    return Image.Resampling.BOX if height * width < hint.width * hint.height else Image.Resampling.NEAREST
+
+
+def fit(image: Image.Image, size: tuple[int, int], hint: bool = False) -> Image.Image:
+    """Scale an image until it covers a width and height, and crop what is over, half of it on either side.
+
+    hint  resize it as `resize_hint` does
+    """
+    check_enlarged(image.size, size)
+    return ImageOps.fit(image, size, _filter(image, size[1], size[0]) if hint else Image.Resampling.LANCZOS)
+
+
+def side_by_side(pictures: list[tuple[str, Image.Image]], gap: int = 4, head: int = 30) -> Image.Image:
+    """Draw pictures in a row, each with its title of up to two lines above it."""
+    sheet = Image.new(
+        "RGB",
+        (sum(picture.width + gap for _, picture in pictures) - gap, head + max(picture.height for _, picture in pictures)),
+        "white",
+    )
+    draw, x = ImageDraw.Draw(sheet), 0
+    for title, picture in pictures:
+        draw.text((x + 3, 1), title, fill="black", spacing=1)
+        sheet.paste(picture, (x, head))
+        x += picture.width + gap
+    return sheet
 
 
 def official_size(height: int, width: int, resolution: int) -> tuple[int, int]:

@@ -28,13 +28,13 @@ TAKES = {
     "lineart": "an image or cartoon, whose dark lines are found by a filter",
     "depth": "a depth map, near is white: grey image of 8 or 16 bits, or .npy (--far-is-white)",
 }
-OPTIONS = {  # the options of each condition; all also take --resolution and --ready
+OPTIONS = {  # the options of each condition; all also take --resolution, --size and --ready
     "canny": {"low", "high"},
     "hough": {"low", "high", "weights", "detect_resolution", "version"},
     "scribble": {"fake", "weights", "detect_resolution"},
     "hed": {"weights", "safe", "detect_resolution"},
-    "openpose": {"size", "like", "weights", "detect_resolution", "version"},
-    "openpifpaf": {"size", "like"},
+    "openpose": {"like", "weights", "detect_resolution", "version"},
+    "openpifpaf": {"like"},
     "ade20k": {"first_label", "unlabelled", "version"},
     "coco_stuff": {"first_label", "unlabelled", "version"},
     "normal": {"axes", "from_depth", "background", "far_is_white", "version"},
@@ -46,6 +46,7 @@ NEEDS = {  # options that have no effect without another one, by condition
     "openpose": {"detect_resolution": "weights"},
     "normal": {"background": "from_depth", "far_is_white": "from_depth"},
 }
+Size = int | tuple[int, int] | None  # the shorter side, as in the official apps; or width and height, to which it is cropped
 
 
 def make(name: str, path: Path, **options) -> tuple[np.ndarray, str]:
@@ -58,8 +59,14 @@ def make(name: str, path: Path, **options) -> tuple[np.ndarray, str]:
     if name not in conditions.NAMES:
         raise ValueError(f"condition is {name!r}, but must be one of: {', '.join(conditions.NAMES)}")
     options = {key: value for key, value in options.items() if value is not None and value is not False}
-    resolution, ready = options.pop("resolution", None), options.pop("ready", False)
+    resolution, ready, size = options.pop("resolution", None), options.pop("ready", False), options.pop("size", None)
     check_options(name, options, ready)
+    if size and name in ("openpose", "openpifpaf") and "weights" not in options and not ready:
+        options["size"] = size  # of the picture in which the points lie
+    elif size and resolution:
+        raise ValueError("--size and --resolution both state the size of the hint: give only one of them")
+    elif size:
+        resolution = size
     return _ready(name, path, resolution) if ready else MAKERS[name](path, resolution, **options)
 
 
@@ -82,20 +89,24 @@ def _check_size(path: Path, height: int, width: int) -> None:
         raise ValueError(f"{path} is {width}x{height} pixels, but a hint needs at least {SMALLEST}x{SMALLEST}: enlarge it")
 
 
-def _load(path: Path, resolution: int | None = None) -> Image.Image:
+def _load(path: Path, resolution: Size = None) -> Image.Image:
     image = conditions.load_image(path)
     _check_size(path, image.height, image.width)
     return _sized(image, resolution)
 
 
-def _ready(name: str, path: Path, resolution: int | None) -> tuple[np.ndarray, str]:
+def _ready(name: str, path: Path, resolution: Size) -> tuple[np.ndarray, str]:
     image = _load(path)
-    if resolution:
+    if isinstance(resolution, tuple):
+        image = conditions.fit(image, resolution, hint=True)
+    elif resolution:
         image = conditions.resize_hint(image, *conditions.official_size(image.height, image.width, resolution))
     return np.asarray(image), f"{name}, used as it is"
 
 
-def _sized(image: Image.Image, resolution: int | None) -> Image.Image:
+def _sized(image: Image.Image, resolution: Size) -> Image.Image:
+    if isinstance(resolution, tuple):
+        return conditions.fit(image, resolution)
     return conditions.official_resize(image, resolution) if resolution else image
 
 
@@ -104,7 +115,9 @@ def _resized(hint: np.ndarray, height: int, width: int, version: str = "v1.1") -
     return conditions.resample(hint, height, width, "nearest" if version == "v1.0" else "linear")
 
 
-def _final(hint: np.ndarray, resolution: int | None, version: str = "v1.1") -> np.ndarray:
+def _final(hint: np.ndarray, resolution: Size, version: str = "v1.1") -> np.ndarray:
+    if isinstance(resolution, tuple):
+        return np.asarray(conditions.fit(Image.fromarray(hint), resolution, hint=True))
     return _resized(hint, *conditions.official_size(*hint.shape[:2], resolution), version) if resolution else hint
 
 
@@ -117,16 +130,16 @@ def _network(kind: str, weights: Path):
 # From images
 
 
-def _canny(path: Path, resolution: int | None, **thresholds: float) -> tuple[np.ndarray, str]:
+def _canny(path: Path, resolution: Size, **thresholds: float) -> tuple[np.ndarray, str]:
     hint = conditions.canny(_load(path, resolution), **thresholds)
     return hint, f"{np.mean(hint > 0):.1%} of them edges"
 
 
 def _hough(
     path: Path,
-    resolution: int | None,
+    resolution: Size,
     weights: Path | None = None,
-    detect_resolution: int | None = None,
+    detect_resolution: Size = None,
     version: str = "v1.1",
     **thresholds: float,
 ) -> tuple[np.ndarray, str]:
@@ -141,7 +154,7 @@ def _hough(
     return _resized(hint, image.height, image.width, version), did
 
 
-def _scribble(path: Path, resolution: int | None, fake: bool = False, **of_hed) -> tuple[np.ndarray, str]:
+def _scribble(path: Path, resolution: Size, fake: bool = False, **of_hed) -> tuple[np.ndarray, str]:
     if fake:
         soft, did = _hed(path, resolution, **of_hed)
         return conditions.fake_scribble(soft), f"strokes from {did}"
@@ -151,9 +164,9 @@ def _scribble(path: Path, resolution: int | None, fake: bool = False, **of_hed) 
 
 def _hed(
     path: Path,
-    resolution: int | None,
+    resolution: Size,
     weights: Path | None = None,
-    detect_resolution: int | None = None,
+    detect_resolution: Size = None,
     safe: bool = False,
 ) -> tuple[np.ndarray, str]:
     image = _load(path, resolution)
@@ -163,7 +176,7 @@ def _hed(
     return _resized(hint, image.height, image.width), did + (", in three grey levels" if safe else "")
 
 
-def _lineart(path: Path, resolution: int | None, detect_resolution: int | None = None) -> tuple[np.ndarray, str]:
+def _lineart(path: Path, resolution: Size, detect_resolution: Size = None) -> tuple[np.ndarray, str]:
     image = _load(path, resolution)
     hint = conditions.lineart(_sized(image, detect_resolution))
     return _resized(hint, image.height, image.width), "dark lines, by a filter"
@@ -174,16 +187,16 @@ def _lineart(path: Path, resolution: int | None, detect_resolution: int | None =
 
 def _openpose(
     path: Path,
-    resolution: int | None,
+    resolution: Size,
     weights: Path | None = None,
-    detect_resolution: int | None = None,
+    detect_resolution: Size = None,
     version: str = "v1.1",
     **size,
 ) -> tuple[np.ndarray, str]:
     if not weights:
         return _key_points("openpose", path, resolution, version=version, **size)
     if size:
-        raise ValueError("--size and --like have no effect with --weights, which uses the size of the image: leave them out")
+        raise ValueError("--like has no effect with --weights, which uses the size of the image: leave it out")
     image = _load(path, resolution)
     seen = _sized(image, detect_resolution)
     people = _network("BodyPose", weights)(np.asarray(seen))
@@ -194,7 +207,7 @@ def _openpose(
 def _key_points(
     name: str,
     path: Path,
-    resolution: int | None,
+    resolution: Size,
     size: tuple[int, int] | None = None,
     like: Path | None = None,
     **version: str,
@@ -211,7 +224,12 @@ def _key_points(
     inside = (people[..., 0] < width) & (people[..., 1] < height) & (people[..., :2] >= 0).all(2)
     if not (inside & (people[..., 2] > 0)).any():
         raise ValueError(f"{path}: no point lies within {width}x{height} pixels: give the size of its image")
-    if resolution:
+    if isinstance(resolution, tuple):
+        scale = max(resolution[0] / width, resolution[1] / height)
+        over = [scale * width - resolution[0], scale * height - resolution[1]]
+        people = people * [scale, scale, 1] - [over[0] / 2, over[1] / 2, 0]
+        width, height = resolution
+    elif resolution:
         new = conditions.official_size(height, width, resolution)
         people = people * [new[1] / width, new[0] / height, 1]
         height, width = new
@@ -231,7 +249,7 @@ def _poses(people: np.ndarray) -> str:
 def _labels(
     name: str,
     path: Path,
-    resolution: int | None,
+    resolution: Size,
     first_label: int | None = None,
     unlabelled: int | None = None,
     version: str = "v1.1",
@@ -252,7 +270,7 @@ def _labels(
 
 def _normal(
     path: Path,
-    resolution: int | None,
+    resolution: Size,
     axes: str | None = None,
     from_depth: bool = False,
     background: float = 0.4,
@@ -272,7 +290,7 @@ def _normal(
     return _final(hint, resolution), f"{did} in {version}'s colours"
 
 
-def _depth(path: Path, resolution: int | None, far_is_white: bool = False) -> tuple[np.ndarray, str]:
+def _depth(path: Path, resolution: Size, far_is_white: bool = False) -> tuple[np.ndarray, str]:
     depth = conditions.read_depth(path, far_is_white)
     _check_size(path, *depth.shape)
     low, high = sorted((-1 if far_is_white else 1) * side + 0.0 for side in (depth.min(), depth.max()))  # 0.0: no "-0"

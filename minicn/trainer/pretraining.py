@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minicn import ddim, fast, toy
 from minicn.clip import TextConfig, TextEncoder
+from minicn.inputs import Defaults
 from minicn.pipeline import StableDiffusion
 from minicn.tokenizer import Tokenizer, byte_letters
 from minicn.trainer import resuming
@@ -251,6 +252,15 @@ NEUTRAL = (
     "things on a background",
     "a professional, detailed, high-quality image",  # the paper's default prompt
 )
+DEFAULTS = Defaults(
+    guidance_scale=3.0,
+    default_prompt=NEUTRAL[0],
+    words=" ".join(
+        dict.fromkeys(
+            " ".join([*toy.THINGS, *toy.COLOURS, *toy.BACKGROUNDS, *toy.captions(), *NEUTRAL[:3]]).replace(",", "").split()
+        )
+    ),
+)
 # Words that people write and that mean nothing in the toy world.
 OTHER_WORDS = (
     "photo drawing painting image art scene masterpiece beautiful detailed big small shiny simple colourful realistic best "
@@ -391,7 +401,7 @@ def train_base(
         size = batch_size // world
         trained = train_unet(latents, captions, chances, tokenizer, unet_steps, size, lr, device, checkpoints[1], start)
         if rank == 0:
-            StableDiffusion(trained.unet, vae, trained.text, tokenizer).save(output, dtype=torch.float16)
+            StableDiffusion(trained.unet, vae, trained.text, tokenizer, DEFAULTS).save(output, dtype=torch.float16)
             checkpoints[1].remove()
 
 

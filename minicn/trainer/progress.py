@@ -208,7 +208,7 @@ class Progress:
                     "text_encoder": self.sd.text_encoder,
                     "controlnet": self.net,
                 }
-                models.save_file(whole, self.run.folder / "model.safetensors")
+                models.save_file(whole, self.run.folder / "model.safetensors", defaults=self.sd.defaults)
             if not self.stopping:
                 self.run.finish()
         if self.stopping:

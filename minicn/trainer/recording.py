@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
@@ -65,7 +65,7 @@ class Validation:
         truths: list[np.ndarray],
         hint_pictures: list[np.ndarray],
         captions: list[str],
-        guidance_scale: float,
+        guidance_scale: float | None = None,
         seed: int = 0,
         num_steps: int = 10,
         measure: Callable[..., float] = measures.edge_f1,
@@ -307,15 +307,9 @@ class Run:
         for step, score in stages:
             title = f"step {step}" + ("\nno control" if score is None else f"\nscore {words(score)}")
             columns.append((title, self.read_stage(step, truth.shape)))
-        side = validation.truths[0].shape[0]
-        height = min(rows, len(validation.truths)) * side
-        head, gap = 30, 4
-        sheet = Image.new("RGB", (len(columns) * (side + gap) - gap, head + height), "white")
-        draw = ImageDraw.Draw(sheet)
-        for i, (title, column) in enumerate(columns):
-            draw.text((i * (side + gap) + 3, 1), title, fill="black", spacing=1)
-            sheet.paste(Image.fromarray(column[:height]), (i * (side + gap), head))
-        path, text = self.folder / "sheet.png", PngInfo()
+        height, text = min(rows, len(validation.truths)) * len(validation.truths[0]), PngInfo()
+        sheet = conditions.side_by_side([(title, Image.fromarray(column[:height])) for title, column in columns])
+        path = self.folder / "sheet.png"
         text.add_text("minicn", json.dumps(self.settings, default=str))
         conditions.save_image(sheet, path, pnginfo=text)
         return path

@@ -122,8 +122,8 @@ def test_inputs_that_do_not_fit_are_refused_in_words(unet, controlnet, batch, ca
 BAD_HINTS = {
     "grey": ((2, 1, 64, 128), r"hint has shape \(2, 1, 64, 128\), but .* \(B, 3, H, W\): make it RGB .*load_hint"),
     "no batch": ((3, 64, 128), r"hint has shape \(3, 64, 128\), but a ControlNet takes \(B, 3, H, W\)"),
-    "7 pixels short": ((2, 3, 57, 128), r"hint is 57x128 pixels, but latents \(2, 4, 8, 16\) need 64x128: resize"),
-    "turned": ((2, 3, 128, 64), r"hint is 128x64 pixels, .* need 64x128: resize the hint first .*resize_hint"),
+    "7 pixels short": ((2, 3, 57, 128), r"hint is 128x57 pixels, but latents \(2, 4, 8, 16\) need 128x64: resize"),
+    "turned": ((2, 3, 128, 64), r"hint is 64x128 pixels, .* need 128x64: resize the hint first .*conditions.fit"),
     "three for two": ((3, 3, 64, 128), r"3 hints for 2 latents: give one hint, or one for each"),
 }
 

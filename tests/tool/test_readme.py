@@ -1,24 +1,29 @@
 """What the README and docs/ say is executed: commands and snippets run, the map is complete, the tests named exist."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import minicn
 import train_toy
-from minicn import StableDiffusion, __main__, conditions, toy, training
+from minicn import StableDiffusion, __main__, conditions, inputs, toy, training
 from minicn.conditions import palettes
+from minicn.toy import measures, sketching
 from tests.tool import test_house
 
 ROOT = Path(__file__).parents[2]
+FIRST = ("A picture in ten seconds", "Your own drawing")
 PATHS = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in PATHS}
 README = PAGES["README.md"]
@@ -42,9 +47,12 @@ def test_the_readme_has_at_most_1500_words():
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet, tmp_path, monkeypatch):
-    """Every Python snippet runs as it stands, with its assertions."""
+    """Every Python snippet runs as it stands, with its assertions; the shape in a comment is that of the line's result."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    for name, shape in re.findall(r"(?m)^(\w+) = .*# (\(\d[\d, ]*\))", snippet):
+        assert str(tuple(names[name].shape)) == shape
     if "out.png" in snippet:
         assert Image.open(tmp_path / "out.png").size == (128, 128)
 
@@ -75,20 +83,82 @@ def test_what_is_installed_is_an_extra_and_leaves_the_clone_in_place():
         assert not extra[1] or f"{extra[1]} = [" in extras
 
 
-def test_the_first_pictures_are_drawn(tmp_path, monkeypatch):
-    """The commands of the first minute, and those for a drawing of one's own, word for word."""
-    monkeypatch.chdir(tmp_path)
-    for title in ("A picture in ten seconds", "Your own drawing"):
-        for line in commands(section(README, title)):
-            assert __main__.main(shlex.split(line)) == 0
-        assert Image.open("out.png").size == (128, 128)
-        shutil.move("out.png", "before.png")
-        shutil.copy("scene/drawing.png", "drawing.png")
-    assert f'--prompt "{toy.scene(1, "test").caption}"' in README
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A folder in which the commands of the first minutes ran, word for word, and what they printed, by section."""
+    folder, said = tmp_path_factory.mktemp("first"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        [demo] = commands(README.split("\n## ")[0])
+        for title, text in (("demo", f"    minicn {demo}"), *((title, section(README, title)) for title in FIRST)):
+            Path("pose.json").write_text("".join(re.findall(r"```json\n(.*?)```", text, re.DOTALL)))
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                for line in commands(text):
+                    if "runs/depth" not in line:
+                        assert __main__.main(shlex.split(line)) == 0
+            said[title] = out.getvalue()
+            if Path("scene").is_dir():
+                shutil.copy("scene/drawing.png", "drawing.png")
+    return folder, said
+
+
+def test_the_first_pictures_are_drawn(first):
+    """The demo, the first picture, one with another prompt; a drawing and a pose: all follow, and sheets show hints."""
+    folder, said = first
+    pictures = [re.findall(r"(?m)^(out[-\d]*\.png): 128x128 pixels", said[title]) for title in FIRST]
+    assert pictures == [["out.png", "out-2.png"], ["out-3.png", "out-4.png"]]
+    assert Image.open(folder / "demo.png").size == (3 * 132 - 4, 128 + 30)
+    scene = toy.scene(1, "test")
+    assert f'--prompt "{scene.caption}"' in README
+    here = scene.labels > 0
+    for name, colour in (("out.png", "blue"), ("out-2.png", "red")):
+        found = toy.name_colours(np.asarray(Image.open(folder / name)))
+        assert (found[here] == [*toy.COLOURS].index(colour)).mean() > 0.9
+    hint = np.asarray(conditions.load_image(folder / "sheet.png"))[30:, :128]
+    assert np.array_equal(hint, conditions.scribble(conditions.load_image(folder / "drawing.png")))
+
+
+def test_a_pose_is_drawn_from_its_key_points(first):
+    """The key points that the README shows: the picture is green at each of its joints, but for what the head hides."""
+    folder, _ = first
+    [person] = json.loads((folder / "pose.json").read_text())["people"]
+    points = np.array(person["pose_keypoints_2d"]).reshape(18, 3)
+    green = toy.name_colours(np.asarray(Image.open(folder / "out-4.png"))) == [*toy.COLOURS].index("green")
+    assert all(green[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].any() for x, y, _ in points[:14])
+
+
+def test_the_papers_four_settings_are_drawn(first, monkeypatch, capsys):
+    """Each of the four commands draws what follows the hint; the caption is in the toy's words."""
+    monkeypatch.chdir(first[0])
+    scene, f1 = toy.scene(1, "test"), measures.measure("canny")
+    lines = commands(section(HINTS, "Everything that `generate` can do"))
+    assert len(lines) == 4
+    for i, line in enumerate(lines):
+        assert __main__.main([*shlex.split(line), "--output", f"setting-{i}.png"]) == 0
+    caption = re.search(r"automatic prompt: (.*)", capsys.readouterr().out)[1]
+    assert {*caption.replace(",", "").split()} <= {*StableDiffusion.load("toy").defaults.words.split()}
+    [plain] = StableDiffusion.load("toy").generate(scene.caption, seed=0)
+    reached = [f1(Image.open(f"setting-{i}.png"), scene) for i in range(4)]
+    assert min(reached) > f1(plain, scene) + 0.3, reached
+
+
+def test_what_the_toy_knows_is_named():
     known = section(README, "A picture in ten seconds").replace("\n", " ")
     assert f"({', '.join(toy.THINGS)}) in six colours ({', '.join(toy.COLOURS)})" in known
     *backgrounds, last = toy.BACKGROUNDS
     assert f"on a {', '.join(backgrounds)} or {last} background" in known
+
+
+def test_the_headline_is_drawn_by_its_command():
+    """The settings that docs/sheet.png holds are those of the command that is said to have made it, which stands on top."""
+    [line] = re.findall(r"Made by `python train_toy\.py (.*?)`", README)
+    assert commands(README.split("\n## ")[0], "python train_toy.py") == [line]
+    args = train_toy.parse_args(shlex.split(line))
+    settings = train_toy.settings(args, StableDiffusion.load(args.model))
+    sheet = Image.open(ROOT / "docs" / "sheet.png")
+    assert json.loads(sheet.text["minicn"]) == json.loads(json.dumps(settings, default=str))
+    looks = {0, *train_toy.EARLY, *range(0, args.steps + 1, args.score_every)}
+    assert sheet.size == (132 * (2 + min(len(looks), 11)) - 4, 30 + 6 * 128)
 
 
 def test_the_commands_for_training_run(tmp_path, monkeypatch):
@@ -173,6 +243,12 @@ def test_numbers_are_recomputed():
     assert "12 + 1 + 12 blocks" in ALL
     unet = StableDiffusion.load("toy").unet
     assert (len(unet.input_blocks), len(unet.output_blocks)) == (12, 12)
+    assert "outlines in one to five pixels" in HINTS
+    assert (sketching.NARROWEST, sketching.WIDEST) == (1, 5)
+    assert "guidance 9 for Stable Diffusion, 3 for the toy" in HINTS
+    own = [defaults.guidance_scale for defaults in (inputs.Defaults(), StableDiffusion.load("toy").defaults)]
+    assert own == [9, 3]
+    assert all(f'"{defaults}"' in HINTS for defaults in ("a picture", inputs.Defaults().default_prompt))
     assert "Prompts are cut at 77 tokens" in ALL
     assert minicn.TextConfig().max_positions == 77
 
@@ -195,6 +271,12 @@ def test_the_scores_of_the_log_are_those_of_the_log():
     with open(ROOT / "minicn" / "toy" / "next" / "controlnets" / "canny" / "log.csv") as file:
         scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
     quoted = re.search(r"following score (.*?) \(16 held-out", CLAIMS)[1]
+    pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
+    assert len(pairs) == 3
+    assert all(f"{scores[step]:.2f}" == score for score, step in pairs)
+    with open(ROOT / "minicn" / "toy" / "next" / "controlnets" / "depth" / "log.csv") as file:
+        scores = {row["step"]: float(row["score"]) for row in csv.DictReader(file)}
+    quoted = section(README, "A ControlNet of your own, in five minutes").split("ships scored")[1]
     pairs = re.findall(r"([\d.]+) at step (\d+)", quoted)
     assert len(pairs) == 3
     assert all(f"{scores[step]:.2f}" == score for score, step in pairs)

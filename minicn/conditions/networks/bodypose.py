@@ -87,7 +87,7 @@ class BodyPose(Annotator):
         self.check(image)
         height, width = image.shape[:2]
         if max(height, width) > 16 * min(height, width):
-            raise ValueError(f"image is {height}x{width} pixels, an aspect ratio over 16: crop it first")
+            raise ValueError(f"image is {width}x{height} pixels, an aspect ratio over 16: crop it first")
         scale = 0.5 * 368 / height
         # Numerics: truncated, also where the product misses an integer by the last bit, as in ControlNet's code.
         seen = resize(image, int(height * scale), int(width * scale))

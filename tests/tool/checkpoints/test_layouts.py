@@ -19,7 +19,7 @@ import torch
 
 from minicn import VAE, ControlNet, StableDiffusion, TextConfig, TextEncoder, UNet, UNetConfig, VAEConfig
 from minicn.checkpoints import converting, files, hub, pickles, weights
-from minicn.checkpoints.models import load_model, load_vae
+from minicn.checkpoints.models import MODELS, load_model, load_vae, save_file
 from minicn.tokenizer import Tokenizer
 
 # Narrow, but with the heads and groups of Stable Diffusion 1.5, which leave no trace in a file.
@@ -743,6 +743,51 @@ def test_configurations_travel_with_a_whole_model(tmp_path):
     toy.save(tmp_path / "toy.safetensors", layout="ldm")
     for tokenizer in (TOKENIZER, hub.TOY_BASE, "toy"):
         assert_whole(StableDiffusion.load(tmp_path / "toy.safetensors", tokenizer=tokenizer), toy)
+
+
+def test_defaults_travel_with_a_whole_model(sd, tmp_path):
+    """In a folder and in a file, there and back; those of Stable Diffusion 1.5 are written nowhere."""
+    toy = StableDiffusion.load("toy")
+    toy.save(tmp_path / "toy.safetensors", layout="ldm")
+    converting.convert(tmp_path / "toy.safetensors", tmp_path / "folder", "diffusers", tokenizer="toy")
+    converting.convert(tmp_path / "folder", tmp_path / "again.safetensors", "ldm")
+    for name in ("toy.safetensors", "folder", "again.safetensors"):
+        assert StableDiffusion.load(tmp_path / name, tokenizer="toy").defaults == toy.defaults
+    sd.save(tmp_path / "plain")
+    sd.save(tmp_path / "plain.safetensors", layout="ldm")
+    assert not (tmp_path / "plain" / "minicn.json").exists()
+    assert "defaults" not in weights.written(weights.contents(files.open_weights(tmp_path / "plain.safetensors")))
+
+
+def test_the_folder_of_a_run_is_a_model_everywhere(tmp_path):
+    """Loaded, inspected, converted; the whole model if it was unlocked. Without weights yet: what to do."""
+    toy, run = StableDiffusion.load("toy"), tmp_path / "run"
+    net = ControlNet.load("toy-canny", unet=toy.unet)
+    (run / "stages").mkdir(parents=True)
+    (run / "checkpoint.pt").touch()
+    with pytest.raises(FileNotFoundError, match=r"run is the folder of a run that has written no weights yet: .*--resume"):
+        ControlNet.load(run)
+    net.save(run / "controlnet.safetensors")
+    net.save(run / "diffusers", layout="diffusers")
+    assert same(ControlNet.load(run, unet=toy.unet), net)
+    assert "  ControlNet: 340 tensors" in next(line for line in converting.describe(run) if "340" in line)
+    converting.convert(run, tmp_path / "folder", "diffusers")
+    assert same(ControlNet.load(tmp_path / "folder"), net)
+    whole = {kind: getattr(toy, kind) for kind in MODELS} | {"controlnet": net}
+    save_file(whole, run / "model.safetensors", defaults=toy.defaults)
+    assert_whole(StableDiffusion.load(run, tokenizer="toy"), toy)
+    assert same(ControlNet.load(run, unet=toy.unet), net)
+
+
+def test_a_folder_without_weights_need_not_have_been_fetched(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no .*safetensors \(nor .bin, nor shards\): name another"):
+        list(converting.describe(tmp_path))
+
+
+def test_an_unknown_name_lists_what_ships():
+    for name in ("canny", "toycanny", "toy-cany"):
+        with pytest.raises(FileNotFoundError, match="toy-ade20k, toy-canny, toy-coco_stuff, .*, toy-scribble"):
+            ControlNet.load(name)
 
 
 def test_configuration_travels_with_what_minicn_writes(tmp_path, tiny_config):

@@ -20,6 +20,7 @@ from minicn import ControlNet, StableDiffusion, UNet, UNetConfig
 from minicn.checkpoints import configs, converting, files, hub, models, pickles, weights
 from minicn.clip import TextConfig
 from minicn.conditions import networks
+from minicn.inputs import Defaults
 from minicn.vae import VAEConfig
 
 # Configurations
@@ -30,7 +31,28 @@ NUMBERS = [(kind, name) for kind, cfg in TABLES.items() for name in (f.name for 
 
 def test_every_number_of_a_configuration_has_a_range():
     """A field that is added to a configuration, and decides what is built, needs a line in the table."""
-    assert {name for _, name in NUMBERS} | {"hint_channels"} == configs.RANGES.keys()
+    own = {field.name for field in dataclasses.fields(Defaults)}
+    assert {name for _, name in NUMBERS} | {"hint_channels"} | own == configs.RANGES.keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({"guidance_scale": -1}, "guidance_scale -1, but expected a number from 0 to 100"),
+        ({"guidance_scale": True}, "guidance_scale True"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan"),
+        ({"guidance_scale": "3"}, "guidance_scale '3'"),
+        ({"default_prompt": 3}, "default_prompt 3, but expected text of 0 to 1000 characters"),
+        ({"default_prompt": "a" * 1001}, "default_prompt"),
+        ({"words": ["ball"]}, r"words \['ball'\], but expected text of 0 to 10000 characters"),
+        ({"seed": 1}, "'seed', which is no field of a Defaults"),
+        ([], r"is not a JSON configuration: expected an object"),
+    ],
+)
+def test_defaults_of_a_strangers_model_are_checked(tmp_path, written, words):
+    (tmp_path / "minicn.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=rf"minicn\.json (has )?{words}"):
+        models.read_defaults(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0, -1, 10**400, 2.5, "2", None, True, [2], float("nan"), {}], ids=lambda v: str(v)[:9])

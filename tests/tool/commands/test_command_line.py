@@ -1,11 +1,15 @@
 """The command line itself: quick help, and Ctrl-C at any time."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from minicn import __main__
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_help_names_every_command_without_importing_torch():
@@ -36,6 +40,18 @@ def test_ctrl_c_while_a_command_is_imported_is_a_word(monkeypatch, capsys):
     monkeypatch.setattr(__main__.importlib, "import_module", stop)
     assert __main__.main(["generate"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize("started", ["train_toy.py", "-m minicn generate", "-m minicn scene 1 --output scene"])
+@pytest.mark.parametrize("package", ["numpy", "torch", "PIL"])
+def test_ctrl_c_in_the_first_second_is_a_word(started, package, tmp_path):
+    """For whatever people start, and whichever of the slow packages is being imported: none gets to its code here."""
+    (tmp_path / f"{package}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, *started.replace("train_toy.py", str(ROOT / "train_toy.py")).split()]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.stderr, done.stdout) == ("stopped\n", "")
+    assert done.returncode in (130, -2)
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):

@@ -190,7 +190,7 @@ def test_a_picture_of_one_pixel_works_or_is_refused(networks):
     assert networks[MLSD](noise(1, 1)).shape[1:] == (4,)
     assert networks[BodyPose](noise(1, 1)).shape[1:] == (18, 3)
     for size in ((1, 17), (170, 10)):
-        with pytest.raises(ValueError, match=f"image is {size[0]}x{size[1]} pixels, an aspect ratio over 16: crop it first"):
+        with pytest.raises(ValueError, match=f"image is {size[1]}x{size[0]} pixels, an aspect ratio over 16: crop it first"):
             networks[BodyPose](noise(*size))
 
 

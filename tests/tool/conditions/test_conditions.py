@@ -1335,9 +1335,10 @@ REFUSED = {
     "no use, ready": ("canny picture.png --ready --low 3", "--low has no effect with --ready: give only one of them"),
     "axes of depth": ("normal depth.png --from-depth --axes opengl", "--axes has no effect with --from-depth"),
     "size of a picture": (
-        "openpose picture.png --weights w --size 64x64",
-        "--size and --like have no effect with",
+        "openpose picture.png --weights w --like picture.png",
+        "--like has no effect with --weights, which uses the size of the image",
     ),
+    "two sizes of a hint": ("canny picture.png --size 64x64 --resolution 64", "--size and --resolution both state the size"),
     "no weights": ("hed picture.png --weights none.pth", "none.pth"),
     "resolution": ("canny picture.png --resolution 7", "64 to 8192"),
 }
@@ -1366,6 +1367,36 @@ def test_bad_input_is_one_line(inputs, refused, monkeypatch, case):
     assert line.startswith("error: ")
     assert words in line
     assert not (inputs / "hint.png").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in INPUTS if "pose" not in name and "pif" not in name])
+def test_the_size_of_a_hint_can_be_given(inputs, name):
+    """Scaled and cropped; a picture before it is annotated, a map afterwards."""
+    file, *options = INPUTS[name]
+    run(name, inputs / file, inputs / "hint.png", *options, "--size", "40x48")
+    hint = Image.open(inputs / "hint.png")
+    assert hint.size == (40, 48)
+    if name == "canny":
+        assert np.array_equal(hint, canny(conditions.fit(load_image(inputs / file), (40, 48)), 50, 200))
+    run(name, inputs / "hint.png", inputs / "ready.png", "--ready", "--size", "64x24")
+    assert np.array_equal(Image.open(inputs / "ready.png"), conditions.fit(hint, (64, 24), hint=True))
+
+
+def test_key_points_are_fitted_as_points(inputs):
+    """96x64 pixels become 40x40: scaled by 5/8, and 10 pixels cropped on either side; lines keep their width."""
+    people = conditions.read_openpifpaf(inputs / "openpifpaf.json")[0] * [0.625, 0.625, 1] - [10, 0, 0]
+    hint, _ = making.make("openpifpaf", inputs / "openpifpaf.json", resolution=(40, 40))
+    assert np.array_equal(hint, conditions.openpifpaf(people, 40, 40))
+
+
+def test_fitting_crops_in_the_middle():
+    stripes = Image.fromarray(np.repeat(np.uint8([[[9] * 3, [70] * 3, [200] * 3]]).repeat(2, 1), 2, 0))  # 6x2
+    for hint in (False, True):
+        assert np.unique(conditions.fit(stripes, (2, 2), hint)) == [70]
+    assert np.unique(conditions.fit(stripes, (60, 60), hint=True)) == [70]  # no new colours
+    assert conditions.fit(stripes, (2, 6)).size == (2, 6)
+    with pytest.raises(ValueError, match="6x2 pixels would become 99999x99999"):
+        conditions.fit(stripes, (99999, 99999))
 
 
 def test_make_lists_the_eleven():
