@@ -29,6 +29,8 @@ def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     recipe = runs.recipe_of(args)
 
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
+    at_once = 4 * toy.SIZE**2 * HINT_CHANNELS[0] * recipe.batch_size  # bytes of the hint encoder's first maps
+    cli.check_memory(device, at_once, f"--batch-size {recipe.batch_size}")
     sd = StableDiffusion.load(args.model, device=device)
     settings = {"condition": args.condition, "pictures": args.pictures, "scenes": args.scenes, "model": resuming.digest(sd)}
     run = recording.Run(args.output, dataclasses.asdict(recipe) | settings)

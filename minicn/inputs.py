@@ -121,7 +121,7 @@ def size_of(height, width, hints: list[Tensor], image: Image.Image | None, defau
         raise ValueError(
             f"the picture would be {width}x{height} pixels, but both sides must be multiples of 8: resize the hint"
         )
-    return height, width
+    return int(height), int(width)
 
 
 def check_settings(prompt, settings: dict) -> None:

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -142,6 +143,8 @@ def check_memory(device: torch.device, need: int, what: str) -> None:
 
 def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
     """Return what asked for how much memory, and what to make smaller; None for an error of another kind."""
+    if isinstance(error.__cause__, ValueError):  # what a file claims is no memory that ends
+        return None
     if not (isinstance(error, (MemoryError, OverflowError)) or MEMORY_ENDS.search(str(error))):
         return None
     asked = re.search(r"(tried|unable) to allocate [\d.,]+ ?\w+", str(error), re.IGNORECASE)
@@ -153,8 +156,26 @@ def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print minicn's own warnings as one line; other libraries' warnings are for developers."""
     if Path(__file__).parents[1] in Path(filename).parents:
-        with contextlib.suppress(OSError):  # a console that is gone stops nothing
-            print(f"note: {files.printable(message)}", file=sys.stderr)
+        print(f"note: {files.printable(message)}", file=sys.stderr)
+
+
+class Aside:
+    """Standard error, without which the work goes on: it may be closed, or its disk full."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager
@@ -168,6 +189,15 @@ def polite_errors(args: argparse.Namespace, run: bool = False) -> Iterator[None]
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a console's encoding does not have stops nothing
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error, it also raises
+    while (opened := os.open(os.devnull, os.O_RDWR)) < 3:  # in a closed standard stream's place, or a file would get it
+        pass
+    os.close(opened)
+    with contextlib.redirect_stderr(Aside(sys.stderr)):
+        yield from _said(args, run)
+
+
+def _said(args: argparse.Namespace, run: bool) -> Iterator[None]:
+    """Do what `polite_errors` says, with a standard error that can be written."""
     try:
         yield
     except Exception as error:

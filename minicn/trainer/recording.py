@@ -251,7 +251,8 @@ class Run:
         for name, value in self.settings.items():
             before = state["settings"].get(name)
             if before != value and name != "steps":
-                raise ValueError(f"{path} was made with --{name.replace('_', '-')} {before}, not {value}: give the same")
+                option, before = name.replace("_", "-"), files.printable(before, 100)
+                raise ValueError(f"{path} was made with --{option} {before}, not {value}: give the same")
         if state["step"] > self.settings["steps"]:
             raise ValueError(f"{path} has done {state['step']} steps already: give a larger --steps")
 

@@ -497,7 +497,7 @@ def test_the_first_pairs_are_held_out(folder, tmp_path, capsys, monkeypatch, mor
     assert learned.shapes["latents"][0] == 6 - held
     assert torch.equal(learned.get("latents"), from_pairs(StableDiffusion.load("toy"), pairs[held:], 64).latents)
     said = f"held out: {held} of 6 pairs, drawn" if held else "held out: none; the pairs drawn and scored are learned from"
-    assert said in capsys.readouterr().err
+    assert f"note: {said}" in capsys.readouterr().err
 
 
 def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
