@@ -230,7 +230,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield Path(fresh, path.name)
             os.replace(Path(fresh, path.name), path)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own for a full disk
-        reason = getattr(error, "strerror", None) or printable(error, 100)
+        first: BaseException = error  # a folder's error has that of a file in it as its cause, and that one the system's
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = getattr(first, "strerror", None) or printable(first, 100)
         raise OSError(
             f"{path} cannot be written ({reason}): free space, or name another place; what was there is intact"
         ) from error
@@ -249,6 +252,20 @@ def filling(folder: str | Path) -> Iterator[Path]:
         with replacing(folder) as new:
             new.mkdir()
             yield new
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write files into, which `folder` becomes when `with` ends without an error.
+
+    Raises ValueError if that one holds something already, OSError as `replacing` does.
+    """
+    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError for a link to itself
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already, and not empty: name another folder")
+    with replacing(folder) as new:
+        new.mkdir()
+        yield new
 
 
 def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:

@@ -93,7 +93,7 @@ def check_picture(path: Path, *inputs: Path | None) -> None:
     images.format_of(path)
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise ValueError(f"output {path} exists and is not writable as a file: name another file")
-    if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
+    if path.exists() and any(given is not None and given.exists() and given.samefile(path) for given in inputs):
         raise ValueError(f"output {path} is also read, and would be lost: name another file")
     if not path.parent.is_dir():
         raise ValueError(f"output {path} is in a folder that does not exist: make {path.parent} first")

@@ -175,6 +175,9 @@ def test_check_data_writes_nothing_into_the_data(tmp_path, refused, capsys):
         assert "would lie among the data" in refused(
             __main__.main, ["check-data", str(folder), "--sheet", f"{tmp_path}/{name}"]
         )
+    outside = (folder / "source" / "0.png").rename(tmp_path / "outside.png")
+    (folder / "source" / "0.png").symlink_to(outside)
+    assert "is also read, and would be lost" in refused(__main__.main, ["check-data", str(folder), "--sheet", str(outside)])
     victim.write_text("precious")
     (tmp_path / "sheet.png").symlink_to(victim)
     __main__.main(["check-data", str(folder), "--sheet", str(tmp_path / "sheet.png")])

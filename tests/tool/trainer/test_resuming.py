@@ -395,6 +395,8 @@ def test_what_was_encoded_of_the_same_is_not_encoded_again(sd, circles, tmp_path
         lambda e: e.update(prompt=e["prompt"].float()),
         lambda e: e.update(prompt=e["prompt"] + 100),
         lambda e: e.update(prompt=e["prompt"] - 100),
+        lambda e: e["latents"][0, 0, 0].fill_(float("nan")),
+        lambda e: e["contexts"][0, 0, :1].fill_(float("inf")),
     ],
 )
 def test_what_is_kept_encoded_is_looked_at(sd, circles, tmp_path, change):
