@@ -191,6 +191,7 @@ class Run:
         """
         found = check_folder(self.folder, resume, self.RESULTS, self.REPORTS)
         self.folder.mkdir(parents=True, exist_ok=True)
+        made = not os.path.lexists(self.folder / resuming.LOCK)
         self._lock = resuming.lock(self.folder)
         try:
             for name in self.REPORTS:
@@ -199,6 +200,8 @@ class Run:
             if found:
                 self.load()
         except BaseException:
+            if made:
+                (self.folder / resuming.LOCK).unlink(missing_ok=True)
             self.release()
             raise
 

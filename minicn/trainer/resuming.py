@@ -170,6 +170,8 @@ def lock(folder: Path) -> IO:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not an ordinary file: remove it, or name another --output")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # another process, refused, removed it meanwhile
+            raise BlockingIOError
     except (OSError, ValueError) as error:
         file.close()
         if isinstance(error, ValueError):

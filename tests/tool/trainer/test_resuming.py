@@ -268,10 +268,13 @@ def test_a_new_run_replaces_only_the_reports_of_a_run(tmp_path):
     recording.Run(tmp_path / "killed", {}).prepare(False)
 
 
-def test_a_refused_run_touches_nothing(few, saved, tmp_path):
-    """Nor does it keep the folder."""
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_refused_run_touches_nothing(few, saved, tmp_path, locked):
+    """Nor does it keep the folder, or leave a lock where none was."""
     folder = shutil.copytree(saved, tmp_path / "run")
-    (folder / ".lock").touch()
+    (folder / ".lock").unlink(missing_ok=True)
+    if locked:
+        (folder / ".lock").touch()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     for settings in ({"seed": 1}, {"steps": 0}):
         with pytest.raises(ValueError, match="give"):
