@@ -7,7 +7,9 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,8 +194,24 @@ def polite_errors(args: argparse.Namespace, run: bool = False) -> Iterator[None]
     while (opened := os.open(os.devnull, os.O_RDWR)) < 3:  # in a closed standard stream's place, or a file would get it
         pass
     os.close(opened)
-    with contextlib.redirect_stderr(Aside(sys.stderr)):
+    with contextlib.redirect_stderr(Aside(sys.stderr)), _ended_by_signals():
         yield from _said(args, run)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside `with`, a signal to end is an exit like others, so that nothing half-written remains; not if it is ignored."""
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ends = [end for end in ends if signal.getsignal(end) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals reach
+        ends = []
+    for end in ends:
+        signal.signal(end, lambda end, _: sys.exit(128 + end))
+    try:
+        yield
+    finally:
+        for end in ends:
+            signal.signal(end, signal.SIG_DFL)
 
 
 def _said(args: argparse.Namespace, run: bool) -> Iterator[None]:

@@ -278,7 +278,7 @@ def test_a_refused_run_touches_nothing(few, saved, tmp_path, locked):
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     for settings in ({"seed": 1}, {"steps": 0}):
         with pytest.raises(ValueError, match="give"):
-            recording.Run(folder, dataclasses.asdict(training.Recipe(**{"steps": 9} | settings))).prepare(True)
+            recording.Run(folder, dataclasses.asdict(training.Recipe(9)) | settings).prepare(True)
     with pytest.raises(ValueError, match="already holds a run"):
         recording.Run(folder, {}).prepare(False)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
