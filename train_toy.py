@@ -28,8 +28,6 @@ EARLY = (50, 100, 150, 200, 300, 400)  # extra steps after which to validate: mo
 
 def train_controlnet(args: argparse.Namespace, device: torch.device) -> None:
     # 1. The locked model, and the data as it sees them: latents, hints, text features, each computed once.
-    at_once = 4 * toy.SIZE**2 * HINT_CHANNELS[0] * recipe.batch_size  # bytes of the hint encoder's first maps
-    cli.check_memory(device, at_once, f"--batch-size {recipe.batch_size}")
     sd = StableDiffusion.load(args.model, device=device)
     recipe, run = runs.recipe_of(args), recording.Run(args.output, settings(args, sd))
     run.prepare(args.resume)
@@ -132,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.base:
             train_base(args, device)
         elif alone:
+            at_once = 4 * toy.SIZE**2 * HINT_CHANNELS[0] * args.batch_size  # bytes of the hint encoder's first maps
+            cli.check_memory(device, at_once, f"--batch-size {args.batch_size}")
             train_controlnet(args, device)
         else:
             raise ValueError("train_toy.py trains a ControlNet in one process: for several, use `minicn train`, or --base")
