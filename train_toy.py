@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.base:
             train_base(args, device)
         elif alone:
+            at_once = 4 * toy.SIZE**2 * HINT_CHANNELS[0] * args.batch_size  # bytes of the hint encoder's first maps
+            cli.check_memory(device, at_once, f"--batch-size {args.batch_size}")
             train_controlnet(args, device)
         else:
             raise ValueError("train_toy.py trains a ControlNet in one process: for several, use `minicn train`, or --base")

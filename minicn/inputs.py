@@ -139,7 +139,7 @@ def size_of(height, width, hints: list[Tensor], image: Image.Image | None, defau
             "fit the hint, or choose another size (--fit, conditions.fit)",
             stacklevel=2,
         )
-    return height, width
+    return int(height), int(width)
 
 
 def check_words(texts: list[str], known: str) -> None:

@@ -193,6 +193,7 @@ class StableDiffusion:
             return self.generate([prompt(picture) for picture in first], **settings | {"num_images": 1})
         prompt = prompt if isinstance(prompt, str) else list(prompt)
         check_settings(prompt, settings)
+        num_steps, seed, num_images = int(num_steps), int(seed), int(num_images)  # of numpy's some have no sign
         nets, hints, scales = pair_hints(controlnet, hint, conditioning_scale)
         height, width = size_of(height, width, hints, image, self.image_size)
         self.prepare(*nets)

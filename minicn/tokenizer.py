@@ -22,6 +22,7 @@ from torch import Tensor
 GZ_BYTES = 2**24  # of unpacked merges, at most; OpenAI's file has 3.1 MB
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
+NESTED = regex.compile(r"&(?:(?:amp|#0*38|#x0*26);){9,}", regex.IGNORECASE)  # ftfy resolves them one by one
 # English contractions, runs of letters, single digits, runs of anything else but white space.
 WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
@@ -38,7 +39,7 @@ def clean(text: str) -> str:
     """Repair, unescape and lowercase a prompt, with single spaces."""
     import ftfy  # imported here: it would double the time that importing minicn takes
 
-    text = ftfy.fix_text(text)
+    text = ftfy.fix_text(NESTED.sub("&" + 8 * "amp;", text))
     for _ in range(2):
         with contextlib.suppress(ValueError):  # "&#" and thousands of digits stay as they are
             text = html.unescape(text)

@@ -4,8 +4,10 @@ Source: Zhang and Agrawala, arXiv:2302.05543v1, eq. (10) and section "Training".
 trainer/loop.py is the same loop for several processes, half precision and gradient accumulation.
 """
 
+import math
+import numbers
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -41,6 +43,16 @@ class Recipe:
     )
     gradient_checkpointing: bool = setting(False, "recompute features in the backward pass: less memory, more time")
     lr_decay: float = setting(0.3, "fraction of the steps, at the end, over which the learning rate falls to 0", high=1)
+
+    def __post_init__(self):
+        """Raise ValueError for a value of another kind or out of its range; numpy's numbers become Python's."""
+        for each in fields(self):
+            value, (low, high, choices) = getattr(self, each.name), map(each.metadata.get, ("low", "high", "choices"))
+            kind = {int: numbers.Integral, float: numbers.Real}.get(each.type, each.type)
+            if not isinstance(value, kind) or (value not in choices if choices else not low <= value <= (high or math.inf)):
+                expected = " or ".join(choices) or f"{each.type.__name__} from {low}" + f" to {high}" * (high is not None)
+                raise ValueError(f"{each.name} is {value!r}, but must be {expected}")
+            object.__setattr__(self, each.name, each.type(value))
 
 
 @dataclass

@@ -66,7 +66,7 @@ def _unet(path: Path) -> weights.Contents:
     for found in open_contents(path):
         if "unet" in found.parts:
             return found
-    raise ValueError(f"{path} holds no U-Net to compare: name a model")
+    raise ValueError(f"{path} holds no U-Net: name a model")
 
 
 def _base(source: str) -> UNet:

@@ -32,12 +32,16 @@ class WeightFile:
     dtypes    key: "float32", "float16", ...
     metadata  strings that a .safetensors file may carry
     container in words, for people
+    Raises ValueError for a file with a tensor whose name is no text of at most 500 characters, so that it can be shown.
     """
 
     container = "safetensors"
 
     def __init__(self, path: Path, get: Callable[[str], Tensor], shapes: dict, dtypes: dict, metadata: dict | None = None):
         self.path, self.get, self.shapes, self.dtypes, self.metadata = path, get, shapes, dtypes, metadata or {}
+        for key in shapes:
+            if len(key) > 500 or not key.isprintable():
+                raise ValueError(f"{path} holds a tensor named {key!r:.100}, as no weight is: fetch it again")
 
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
@@ -135,7 +139,7 @@ def _open_safetensors(path: Path) -> WeightFile:
             shapes[key] = tuple(view.get_shape())
             dtypes[key] = SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a complete .safetensors file ({error}): fetch it again") from error
+        raise ValueError(f"{path} is not a complete .safetensors file ({printable(error, 300)}): fetch it again") from error
     metadata, maps = file.metadata(), {}
 
     def get(key: str) -> Tensor:
@@ -172,12 +176,12 @@ def _open_shards(path: Path) -> WeightFile:
         raise ValueError(f"{path} is not an index of shards: it has no weight_map")
     shards = {}
     for name in sorted(set(names.values())):
-        if Path(name).name != name or name.endswith(".json"):
-            raise ValueError(f"{path} names {name}, outside its folder or another index: not opened")
+        if Path(name).name != name or name.endswith(".json") or not name.isprintable():
+            raise ValueError(f"{path} names {name!r:.200}, which is not a file beside it, or another index: not opened")
         shards[name] = open_weights(path.parent / name)
     for key, name in names.items():
         if key not in shards[name]:
-            raise ValueError(f"{path} expects {key} in {name}, which does not hold it: fetch the shards again")
+            raise ValueError(f"{path} expects {key!r:.200} in {name!r:.200}, which does not hold it: fetch the shards again")
     return WeightFile(
         path,
         lambda key: shards[names[key]].get(key),
@@ -226,7 +230,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield Path(fresh, path.name)
             os.replace(Path(fresh, path.name), path)
     except (OSError, RuntimeError, SafetensorError) as error:  # PyTorch and safetensors have their own for a full disk
-        reason = getattr(error, "strerror", None) or printable(error, 100)
+        first: BaseException = error  # a folder's error has that of a file in it as its cause, and that one the system's
+        while first.__cause__ is not None:
+            first = first.__cause__
+        reason = getattr(first, "strerror", None) or printable(first, 100)
         raise OSError(
             f"{path} cannot be written ({reason}): free space, or name another place; what was there is intact"
         ) from error
@@ -245,6 +252,20 @@ def filling(folder: str | Path) -> Iterator[Path]:
         with replacing(folder) as new:
             new.mkdir()
             yield new
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Give a folder to write files into, which `folder` becomes when `with` ends without an error.
+
+    Raises ValueError if that one holds something already, OSError as `replacing` does.
+    """
+    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError for a link to itself
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already, and not empty: name another folder")
+    with replacing(folder) as new:
+        new.mkdir()
+        yield new
 
 
 def write(path: str | Path, state: State, metadata: dict[str, str] | None = None) -> None:

@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], str]:
     content = content if isinstance(content, dict) else {}
     for key, value in content.items():
         if isinstance(value, Odd):
-            raise ValueError(f"{path}: {key} is not a plain tensor ({value}): save it as one")
+            raise ValueError(f"{path}: {key!r:.200} is not a plain tensor ({value!r:.100}): save it as one")
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor) and type(key) is str}
     if not tensors:
         raise ValueError(f"{path} holds no dictionary of tensors: name a weights file")
@@ -85,7 +85,9 @@ def check_zip(path: Path, size: int, most: int) -> None:
             program = torch.serialization._is_torchscript_zip(reader)  # torch.load would run it
     packed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise ValueError(f"{path} is compressed ({packed[0]}), which PyTorch's files are not: unpack it, or fetch it again")
+        raise ValueError(
+            f"{path} is compressed ({packed[0]!r:.99}), which PyTorch's files are not: unpack it, or fetch it again"
+        )
     if program:
         raise ValueError(f"{path} is a TorchScript program, not weights: save its state_dict")
     if sum(record.file_size for record in records) > size:

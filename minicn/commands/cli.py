@@ -8,10 +8,13 @@ import itertools
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -101,7 +104,7 @@ def check_picture(path: Path, *inputs: Path | None) -> None:
     images.format_of(path)
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise ValueError(f"output {path} exists and is not writable as a file: name another file")
-    if any(given is not None and given.exists() and path.exists() and given.samefile(path) for given in inputs):
+    if path.exists() and any(given is not None and given.exists() and given.samefile(path) for given in inputs):
         raise ValueError(f"output {path} is also read, and would be lost: name another file")
     if not path.parent.is_dir():
         raise ValueError(f"output {path} is in a folder that does not exist: make {path.parent} first")
@@ -151,6 +154,8 @@ def check_memory(device: torch.device, need: int, what: str) -> None:
 
 def out_of_memory(error: Exception, args: argparse.Namespace) -> str | None:
     """Return what asked for how much memory, and what to make smaller; None for an error of another kind."""
+    if isinstance(error.__cause__, ValueError):  # what a file claims is no memory that ends
+        return None
     if not (isinstance(error, (MemoryError, OverflowError)) or MEMORY_ENDS.search(str(error))):
         return None
     asked = re.search(r"(tried|unable) to allocate [\d.,]+ ?\w+", str(error), re.IGNORECASE)
@@ -167,8 +172,26 @@ def spoken(message: object) -> str:
 def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """Print minicn's own warnings as one line; other libraries' warnings are for developers."""
     if Path(__file__).parents[1] in Path(filename).parents:
-        with contextlib.suppress(OSError):  # a console that is gone stops nothing
-            print(f"note: {spoken(message)}", file=sys.stderr)
+        print(f"note: {spoken(message)}", file=sys.stderr)
+
+
+class Aside:
+    """Standard error, without which the work goes on: it may be closed, or its disk full."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 @contextlib.contextmanager
@@ -182,6 +205,31 @@ def polite_errors(args: argparse.Namespace, run: bool = False) -> Iterator[None]
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what a console's encoding does not have stops nothing
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs as an error, it also raises
+    while (opened := os.open(os.devnull, os.O_RDWR)) < 3:  # in a closed standard stream's place, or a file would get it
+        pass
+    os.close(opened)
+    with contextlib.redirect_stderr(Aside(sys.stderr)), _ended_by_signals():
+        yield from _said(args, run)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside `with`, a signal to end is an exit like others, so that nothing half-written remains; not if it is ignored."""
+    ends = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ends = [end for end in ends if signal.getsignal(end) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals reach
+        ends = []
+    for end in ends:
+        signal.signal(end, lambda end, _: sys.exit(128 + end))
+    try:
+        yield
+    finally:
+        for end in ends:
+            signal.signal(end, signal.SIG_DFL)
+
+
+def _said(args: argparse.Namespace, run: bool) -> Iterator[None]:
+    """Do what `polite_errors` says, with a standard error that can be written."""
     try:
         yield
     except Exception as error:

@@ -29,9 +29,9 @@ def make_data_options(command: argparse.ArgumentParser) -> None:
 def check_data(args: argparse.Namespace) -> None:
     pairs = data.read_pairs(args.folder)
     if args.sheet is not None:
-        cli.check_picture(args.sheet)
         if Path(os.path.realpath(args.folder)) in Path(os.path.realpath(args.sheet)).parents:
             raise ValueError(f"--sheet {args.sheet} would lie among the data: name a file elsewhere")
+        cli.check_picture(args.sheet, *(path for pair in pairs for path in (pair.hint, pair.image)))
     found = [text for pair in tqdm(pairs, desc="checking", unit="pair") for text in data.problems(pair)]
     for text in found:
         print(files.printable(text))

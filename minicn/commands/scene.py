@@ -18,7 +18,7 @@ def scene_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--split", choices=("train", "test"), default="test", help="test: no model here has learned from it"
     )
-    command.add_argument("--output", type=Path, required=True, help="folder for the files")
+    command.add_argument("--output", type=Path, required=True, help="new folder for the files")
 
 
 def scene(args: argparse.Namespace) -> None:
@@ -30,7 +30,7 @@ def scene(args: argparse.Namespace) -> None:
 
 
 def write(scene: toy.Scene, folder: Path) -> list[str]:
-    """Write what is known of a scene into a folder; return the names.
+    """Write what is known of a scene into a new folder, all or nothing; return the names.
 
     Depth (larger is nearer) and normals (x right, y up, z towards the viewer) are arrays, labels grey pictures in each data
     set's own numbering, key points the files of OpenPose and OpenPifPaf.
@@ -52,12 +52,11 @@ def write(scene: toy.Scene, folder: Path) -> list[str]:
         ),
         "openpifpaf.json": json.dumps([{"keypoints": p[list(toy.COCO_POINTS)].ravel().tolist()} for p in points]),
     }
-    for name, pixels in pictures.items():
-        conditions.save_image(Image.fromarray(pixels), folder / name)
-    for name, array in arrays.items():
-        with files.replacing(folder / name) as new:
-            np.save(new, array)
-    for name, text in texts.items():
-        with files.replacing(folder / name) as new:
-            new.write_text(text + "\n", "utf-8")
+    with files.new_folder(folder) as new:
+        for name, pixels in pictures.items():
+            conditions.save_image(Image.fromarray(pixels), new / name)
+        for name, array in arrays.items():
+            np.save(new / name, array)
+        for name, text in texts.items():
+            (new / name).write_text(text + "\n", "utf-8")
     return [*pictures, *arrays, *texts]

@@ -70,8 +70,8 @@ def hold_out(pairs: list[data.Pair], count: int) -> tuple[list[data.Pair], list[
     if count >= len(pairs):
         raise ValueError(f"--held-out is {count}, but the data are {len(pairs)} pairs: leave some to learn from")
     if distributed.init_distributed()[0] == 0:
-        said = f"held out: {count} of {len(pairs)} pairs, drawn and scored, not learned from"
-        print(said if count else "held out: none; the pairs drawn and scored are learned from, too", file=sys.stderr)
+        said = f"note: held out: {count} of {len(pairs)} pairs, drawn and scored, not learned from"
+        print(said if count else "note: held out: none; the pairs drawn and scored are learned from, too", file=sys.stderr)
     return pairs[: count or None], pairs[count:]
 
 

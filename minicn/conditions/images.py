@@ -1,11 +1,15 @@
 """Reading and sizing: from a file to pixels at the size that the official apps use, and the checks that all hints share."""
 
 import contextlib
+import io
 import math
 import os
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -19,15 +23,22 @@ from minicn.inputs import TRANSPARENT, hint_tensor, opacity, to_rgb
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # to read: none is a program, as EPS is
 PIXELS_A_BYTE = 8 * 1032  # of black and white, as deflate packs them: the most that a PNG, GIF, JPEG, BMP or PPM can hold
 UNBOUNDED = ("TIFF", "WEBP", "AVIF")  # their coders pack an even picture of any size into next to nothing
+PNG_NEEDS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # parts of a PNG that are no metadata
 LARGEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535, "AVIF": 65536}  # sides, pixels
 VERSIONS = ("v1.1", "v1.0")  # of ControlNet's annotators
 
 
-def check_file(path: str | Path, kind: str) -> None:
-    """Raise FileNotFoundError if there is no such file; `kind` says what it should be."""
+def check_file(path: str | Path, kind: str, most: int = 2**30) -> None:
+    """Raise FileNotFoundError if there is no such file, ValueError if it is empty, or has more than `most` bytes.
+
+    kind  what it should be, in words
+    What a kernel shows as files, some of which never end, has no size.
+    """
     if not Path(path).is_file():
         remedy = " (write / instead of \\)" if "\\" in str(path) and os.sep == "/" else ""
         raise FileNotFoundError(f"{path} does not exist or is not a file: name {kind}{remedy}")
+    if not 0 < (size := os.stat(path).st_size) <= most:
+        raise ValueError(f"{path} has {size:,} bytes, but must have 1 to {most:,}: name {kind}")
 
 
 def load_image(path: str | Path, background: str = "white", hint: bool = False) -> Image.Image:
@@ -53,36 +64,65 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes that are an error below
             return _decoded(path)
     except Exception as error:  # its decoders raise whatever a damaged file leads them to
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = (
-            f"it is damaged, or none of {', '.join(FORMATS)}"
-            if unknown
-            else files.printable(error, 200) or type(error).__name__
-        )
+        reason = files.printable(error, 200) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is damaged, or none of {', '.join(FORMATS)}"
+        elif isinstance(error, MemoryError):
+            reason = "its pixels need more memory than there is: downscale it"
         raise ValueError(f"{path} is not a readable image: {reason}") from error
 
 
 def _decoded(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:  # Compat: given the name, Pillow 13 maps the file, and mixes up a turned TIFF's pixels
-        image = Image.open(file, formats=FORMATS)
         size = os.fstat(file.fileno()).st_size
-        held = math.inf if image.format in UNBOUNDED else max(2**22, PIXELS_A_BYTE * size)
-        limit = min(Image.MAX_IMAGE_PIXELS or math.inf, held)
-        if image.width * image.height > limit:
-            came = f"{image.width}x{image.height} pixels in {size} bytes"
-            raise ValueError(f"{came} exceed the limit of {limit}: downscale it")
-        read_metadata = image.load_end
+        try:
+            return _decode(file, size)
+        except Exception as error:
+            bare = None if isinstance(error, MemoryError) else _without_metadata(file)
+            if bare is None:
+                raise
+            return _decode(bare, size)
 
-        def load_end():  # Pillow's hook, after the pixels: broken metadata do not stop them
-            with contextlib.suppress(Exception):
-                read_metadata()
 
-        image.load_end = load_end
-        with _unprinted() if image.format == "TIFF" else contextlib.nullcontext():
-            image.load()
-        with contextlib.suppress(Exception):  # it turns the pixels first, then changes the metadata
-            ImageOps.exif_transpose(image, in_place=True)
-        return image
+def _decode(file: IO[bytes], size: int) -> Image.Image:
+    """Decode a file of so many bytes, if it has not too many pixels for them."""
+    image = Image.open(file, formats=FORMATS)
+    held = math.inf if image.format in UNBOUNDED else max(2**22, PIXELS_A_BYTE * size)
+    limit = min(Image.MAX_IMAGE_PIXELS or math.inf, held)
+    if image.width * image.height > limit:
+        came = f"{image.width}x{image.height} pixels in {size} bytes"
+        raise ValueError(f"{came} exceed the limit of {limit}: downscale it")
+    read_metadata = image.load_end
+
+    def load_end():  # Pillow's hook, after the pixels: broken metadata do not stop them
+        with contextlib.suppress(Exception):
+            read_metadata()
+
+    image.load_end = load_end
+    with _unprinted() if image.format == "TIFF" else contextlib.nullcontext():
+        image.load()
+    with contextlib.suppress(Exception):  # it turns the pixels first, then changes the metadata
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _without_metadata(file: IO[bytes]) -> io.BytesIO | None:
+    """Return what a PNG's pixels need, and the EXIF tags if they are whole; None for another format.
+
+    Pillow gives up a PNG for metadata that are cut, of another checksum, or large when unpacked.
+    """
+    file.seek(0)
+    bare = io.BytesIO(file.read(8))
+    if bare.getvalue() != b"\x89PNG\r\n\x1a\n":
+        return None
+    bare.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body = file.read(length + 4)  # and the checksum
+        if kind in PNG_NEEDS or (kind == b"eXIf" and body[-4:] == struct.pack(">I", zlib.crc32(kind + body[:-4]))):
+            bare.write(head + body)
+    bare.seek(0)
+    return bare
 
 
 @contextlib.contextmanager

@@ -89,7 +89,7 @@ def read_normals(path: str | Path, axes: str = "opengl") -> np.ndarray:
 
 def _load_array(path: str | Path) -> np.ndarray:
     """Read finite numbers from a .npy file, as float64; no pickle is opened."""
-    check_file(path, "an image or a .npy file")
+    check_file(path, "an image or a .npy file", 8 * MOST + 2**16)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # nothing is allocated, and no more claimed than is there
     except Exception as error:  # whatever a damaged header makes Python's parser raise

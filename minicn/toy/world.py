@@ -10,6 +10,7 @@ Axes: x to the right and y down in pixels, z towards the viewer; `normals` have 
 import io
 import itertools
 import math
+import operator
 import random
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -112,10 +113,11 @@ def scene(index: int, split: str = "train") -> Scene:
     index  0 and up
     split  "train" or "test". No scene is in both: the first thing of a train scene stands on an even pixel column,
            of a test scene on an odd one.
-    Raises ValueError for another split or a negative index.
+    Raises ValueError for another split or a negative index, TypeError for one that is no integer.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split is {split!r}, but the toy world has "train" and "test"')
+    index = operator.index(index)
     if index < 0:
         raise ValueError(f"index is {index}, but scenes are numbered from 0")
     things, background, relation = _composed(index, split)

@@ -6,7 +6,6 @@ Hugging Face's image folder: `metadata.jsonl`, a JSON object a line with `condit
 
 import hashlib
 import json
-import os
 import re
 import textwrap
 import warnings
@@ -171,13 +170,10 @@ def write_pairs(folder: str | Path, pairs: Iterator[tuple[np.ndarray, np.ndarray
 
     Raises ValueError if the folder holds anything already, OSError if it cannot be written.
     """
-    folder = Path(os.path.realpath(folder))  # resolve() raises RuntimeError for a link to itself
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already, and not empty: name another folder")
     lines = []
-    with files.replacing(folder) as new:
+    with files.new_folder(folder) as new:
         for name in ("source", "target"):
-            (new / name).mkdir(parents=True)
+            (new / name).mkdir()
         for i, (hint, image, prompt) in enumerate(tqdm(pairs, desc="drawing", unit="pair", total=total)):
             for name, picture in (("source", hint), ("target", image)):
                 Image.fromarray(picture).save(new / name / f"{i}.png")

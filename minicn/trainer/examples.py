@@ -95,7 +95,8 @@ def _kept(path: Path, made_of: str, count: int, size: int, sd: StableDiffusion) 
     latents, contexts = (count, sd.vae.cfg.latent_channels, side, side), (prompts, 77, text.hidden_size)
     wanted = {"latents": ("float32", latents), "contexts": ("float32", contexts), "prompt": ("int64", (count,))}
     kept = {name: file.get(name) for name in wanted if wanted[name] == (file.dtypes.get(name), file.shapes.get(name))}
-    if len(kept) < len(wanted) or not 0 <= kept["prompt"].min() <= kept["prompt"].max() < prompts:
+    whole = len(kept) == len(wanted) and 0 <= kept["prompt"].min() <= kept["prompt"].max() < prompts
+    if not whole or not (files.finite(kept["latents"]) and files.finite(kept["contexts"])):
         raise ValueError(f"{path} does not hold what the run wrote: remove it, and it is made again")
     return kept
 

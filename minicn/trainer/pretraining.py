@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minicn import ddim, fast, toy
+from minicn.checkpoints import files
 from minicn.clip import TextConfig, TextEncoder
 from minicn.inputs import Defaults
 from minicn.pipeline import StableDiffusion
@@ -107,9 +108,10 @@ class Checkpoint:
         resuming.compare([done, before], [0, 0], self.file, "done, steps")
         flat = done <= (1 - DECAY) * min(steps, before)  # the learning rate has not begun to fall
         if state.get("stage") != self.stage or (before != steps and not (flat and self.stage == "U-Net")):
+            stage = files.printable(state.get("stage"), 100)
             raise ValueError(
-                f"{self.file} is from a run of {before} steps of the {state.get('stage')}, not {steps} of the {self.stage}: "
-                "resume with the same"
+                f"{self.file} is from a run of {before} steps of the {stage}, not {steps} of the {self.stage}: resume with "
+                "the same"
             )
         for name, part in parts.items():
             if name != "optimizer":

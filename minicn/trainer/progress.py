@@ -97,9 +97,17 @@ class Progress:
 
     def check(self, state: dict, path: Path) -> None:
         """Raise ValueError, naming the place, unless a checkpoint is one of this run's models and optimiser."""
+        found = state.get("takes")
+        for name, value in self.takes().items() if isinstance(found, dict) else ():
+            if found.get(name) is not value:
+                raise ValueError(f"{path} is of a ControlNet whose {name} is not {value}: give the same --controlnet")
         for name, part in self.parts.items():
             resuming.compare(state.get(name), part.state_dict(), path, name)
         self.spread.check_optimizer(self.optimizer, state.get("optimizer"), path)
+
+    def takes(self) -> dict[str, bool]:
+        """Return how the ControlNet takes its hint, as far as its weights do not show it."""
+        return {name: getattr(self.net.cfg, name) for name in ("global_pool", "bgr")}
 
     def steps(self) -> Iterator[int]:
         """Yield each remaining step, from 1; before the first, validate the ControlNet as it starts."""
@@ -187,7 +195,8 @@ class Progress:
         moments = self.spread.optimizer_state(self.optimizer)
         if self.first:
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            self.run.save(self.step, state | {"optimizer": moments, "threads": torch.get_num_threads()})
+            more = {"optimizer": moments, "threads": torch.get_num_threads(), "takes": self.takes()}
+            self.run.save(self.step, state | more)
 
     def finish(self) -> None:
         """Write the weights in both layouts, and print the outcome of the run.

@@ -191,6 +191,7 @@ class Run:
         """
         found = check_folder(self.folder, resume, self.RESULTS, self.REPORTS)
         self.folder.mkdir(parents=True, exist_ok=True)
+        made = not os.path.lexists(self.folder / resuming.LOCK)
         self._lock = resuming.lock(self.folder)
         try:
             for name in self.REPORTS:
@@ -199,6 +200,8 @@ class Run:
             if found:
                 self.load()
         except BaseException:
+            if made:
+                (self.folder / resuming.LOCK).unlink(missing_ok=True)
             self.release()
             raise
 
@@ -251,7 +254,8 @@ class Run:
         for name, value in self.settings.items():
             before = state["settings"].get(name)
             if before != value and name != "steps":
-                raise ValueError(f"{path} was made with --{name.replace('_', '-')} {before}, not {value}: give the same")
+                option, before = name.replace("_", "-"), files.printable(before, 100)
+                raise ValueError(f"{path} was made with --{option} {before}, not {value}: give the same")
         if state["step"] > self.settings["steps"]:
             raise ValueError(f"{path} has done {state['step']} steps already: give a larger --steps")
 

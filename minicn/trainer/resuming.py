@@ -83,6 +83,12 @@ def compare_optimizer(found, parameters: Parameters, groups: int, path: Path) ->
         settings = [{name: each.get(name) for name in RATES} for each in settings if isinstance(each, dict)]
     wanted = {"state": {key: moments.get(key, {}) for key in stepped}, "param_groups": [RATES] * groups}
     compare({"state": state, "param_groups": settings}, wanted, path, "optimizer")
+    for name, (lr, betas) in {f"param_groups.{i}": group.values() for i, group in enumerate(settings)}.items():
+        if not (0 <= lr < 1e3 and all(0 <= beta < 1 for beta in betas)):
+            raise Damaged(f"{path} is damaged: optimizer.{name} has lr {lr:g} and betas {betas}, out of their ranges")
+    for key, each in stepped.items():
+        if not each["step"] >= 0:
+            raise Damaged(f"{path} is damaged: optimizer.state.{key}.step is {each['step'].item():g}, but must be 0 or more")
 
 
 def as_own(found: dict, optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict:
@@ -164,6 +170,8 @@ def lock(folder: Path) -> IO:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not an ordinary file: remove it, or name another --output")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # another process, refused, removed it meanwhile
+            raise BlockingIOError
     except (OSError, ValueError) as error:
         file.close()
         if isinstance(error, ValueError):

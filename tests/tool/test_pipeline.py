@@ -273,13 +273,18 @@ def test_guess_mode_scales_the_conditional_half_by_hand(mode, ratio, guided):
 
 
 def test_python_says_what_it_holds_and_takes_what_it_is_given(sd, trained, tmp_path):
-    """A path is a hint; a whole model stands for its U-Net; models and scenes are a line."""
+    """A path is a hint; a whole model stands for its U-Net; models and scenes are a line; numpy's integers are integers."""
     scene = toy.scene(1, "test")
     Image.fromarray(scene.hint("canny")).save(tmp_path / "hint.png")
     settings = {"controlnet": trained, "num_steps": 1}
     for hint in (tmp_path / "hint.png", str(tmp_path / "hint.png"), [tmp_path / "hint.png"]):
         [a], [b] = (sd.generate(PROMPT, hint=each, **settings) for each in (hint, scene.hint("canny")))
         assert a.tobytes() == b.tobytes()
+    names = ("num_steps", "seed", "num_images", "height", "width")
+    [a], [b] = (
+        sd.generate(PROMPT, **dict(zip(names, map(kind, (1, 2, 1, 64, 64)), strict=True))) for kind in (int, np.uint64)
+    )
+    assert a.tobytes() == b.tobytes()
     trained.save(tmp_path / "net.safetensors")
     net = ControlNet.load(tmp_path / "net.safetensors", unet=sd)
     assert repr(net).startswith("<ControlNet for a U-Net of width 32, float32 on cpu; million parameters: ")

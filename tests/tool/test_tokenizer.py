@@ -3,12 +3,14 @@
 import gzip
 import itertools
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from minicn import Tokenizer
+from minicn.tokenizer import clean
 
 MERGES = [
     ("l", "o"),  # id 512
@@ -170,6 +172,15 @@ def test_a_long_word_costs_its_length(tokenizer):
     assert tokenizer._split.cache_info().currsize == 0
     tokenizer([word])
     assert tokenizer._split.cache_info().currsize == 0  # nor is it kept
+
+
+@pytest.mark.parametrize("again", ["amp;", "#38;", "&#x026;AMP;", "amp;#038;"])
+def test_entities_within_entities_cost_their_length(tokenizer, again):
+    """ftfy resolves one a pass, and makes as many passes: for a prompt of a megabyte, hours."""
+    start = time.process_time()
+    assert tokenizer.encode("&" + again * 100_000 + "lt; low")[-1] == tokenizer.vocab["low</w>"]
+    assert time.process_time() - start < 2
+    assert clean("&amp;amp;lt;a") == clean("&" + 50 * "amp;" + "lt;a") == "<a"
 
 
 def test_odd_prompts_are_prompts(tokenizer):

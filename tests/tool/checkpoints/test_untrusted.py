@@ -423,13 +423,16 @@ def test_every_precision_is_read_as_pytorch_reads_it(tmp_path, dtype, new):
 
 
 def test_names_cost_their_length(tmp_path):
-    """300,000 dots, and thousands of long names: the longest prefix in a table of names has a few."""
+    """300,000 dots, and thousands of names of dots: the longest prefix in a table of names has a few."""
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-    names = ["control_model." + "." * 300_000, *(f"first_stage_model.attentions.{'.' * 999}{i}" for i in range(300))]
-    header = {name: entry | {"data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
     start = time.process_time()
-    found = weights.contents(files.open_weights(with_header(tmp_path / "x.safetensors", header, bytes(4 * len(names)))))
-    assert {kind: len(keys) for kind, keys in found.parts.items()} == {"controlnet": 1, "vae": 300}
+    path = with_header(tmp_path / "x.safetensors", {"control_model." + "." * 300_000: entry}, bytes(4))
+    with pytest.raises(ValueError, match=r"x\.safetensors holds a tensor named 'control_model\.\.\.\.+, as no weight is"):
+        files.open_weights(path)
+    names = ["control_model." + "." * 480, *(f"first_stage_model.attentions.{'.' * 460}{i}" for i in range(3000))]
+    header = {name: entry | {"data_offsets": [4 * i, 4 * i + 4]} for i, name in enumerate(names)}
+    found = weights.contents(files.open_weights(with_header(path, header, bytes(4 * len(names)))))
+    assert {kind: len(keys) for kind, keys in found.parts.items()} == {"controlnet": 1, "vae": 3000}
     assert time.process_time() - start < 2
 
 
@@ -453,6 +456,33 @@ def test_a_tensor_that_is_held_twice_is_named(ldm, tmp_path):
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"x\.safetensors holds zero_convs\.0\.0\.weight twice, as module\."):
         ControlNet.load(tmp_path / "x.safetensors")
+
+
+ODD_NAME = "\x1b[31m\u202e" + "x" * 3000
+
+
+def named(path, how):
+    """Write a file of weights in which the name of something is no text."""
+    if how in ("tensor", "overlap"):
+        entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+        with_header(path, {ODD_NAME: entry} | ({"b": entry} if how == "overlap" else {}), bytes(4))
+    elif how in ("shard", "key of a shard"):
+        torch.save({"a": torch.zeros(1)}, path.with_name("a.pth"))
+        path.write_text(json.dumps({"weight_map": {ODD_NAME: ODD_NAME if how == "shard" else "a.pth"}}))
+    else:
+        torch.save({ODD_NAME: torch.zeros(2).to_sparse() if how == "odd tensor" else torch.zeros(2)}, path)
+    return path
+
+
+@pytest.mark.parametrize("how", ["tensor", "overlap", "shard", "key of a shard", "odd tensor", "plain tensor"])
+def test_names_in_errors_are_text_also_from_python(tmp_path, how):
+    """Control characters are escaped, and long names cut, by whatever opens the file."""
+    path = named(tmp_path / ("m.safetensors.index.json" if "shard" in how else "x.pth"), how)
+    for read in (files.read, ControlNet.load, lambda path: [*converting.describe(path)], networks.HED.load):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}") as said:
+            read(path)
+        assert str(said.value).isprintable()
+        assert len(str(said.value)) < len(str(path)) + 600
 
 
 # What is there besides, and what is not

@@ -1,6 +1,7 @@
 """Files and folders are written whole or not at all, and never over anything else (`files.replacing`)."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -61,6 +62,19 @@ def test_a_new_folder_is_written_whole_too(tmp_path):
     with files.replacing(tmp_path / "in" / "folder") as new:
         files.write_json(new / "sub" / "config.json", {"a": 1})
     assert [*tree(tmp_path)] == ["in/folder/sub/config.json"]
+
+
+def test_what_went_wrong_in_a_folder_is_said_once(tmp_path):
+    """In the system's words, without the names of files that nobody will see."""
+
+    def write():
+        with files.new_folder(tmp_path / "folder") as new, files.replacing(new / "a.bin"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'folder'} cannot be written (No space left")) as said:
+        write()
+    assert "a.bin" not in str(said.value)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_files_get_the_permissions_that_the_umask_gives(tmp_path):

@@ -2,12 +2,16 @@
 
 import argparse
 import io
+import os
+import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 import train_toy
 from minicn import __main__, pipeline
@@ -55,6 +59,14 @@ def test_memory_that_ends_is_one_line_with_a_remedy(refused, work, words):
     assert line.endswith(": take less than --num-images 1 and --height 80000, and smaller pictures")
 
 
+def test_what_a_file_claims_is_no_memory_that_ends(tmp_path, refused):
+    """An array of 2**62 numbers in 200 bytes: the file is at fault, and named."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904,), }".ljust(117) + b"\n"
+    (tmp_path / "d.npy").write_bytes(b"\x93NUMPY\x01\0\x76\0" + header + bytes(72))
+    line = refused(__main__.main, ["condition", "depth", str(tmp_path / "d.npy"), str(tmp_path / "hint.png")])
+    assert line.startswith(f"error: {tmp_path / 'd.npy'} is not a readable .npy file: ")
+
+
 def test_a_mistake_of_ours_is_no_users(refused):
     with pytest.raises(RuntimeError, match="shapes"):
         guarded(raising(RuntimeError("shapes do not fit")))
@@ -78,6 +90,9 @@ def test_pictures_that_no_memory_holds_are_not_begun(tmp_path, refused, monkeypa
     monkeypatch.setattr(pipeline.StableDiffusion, "generate", lambda *_, **__: pytest.fail("begun"))
     command = ["generate", "--prompt", "a", "--height", "800000", "--width", "800000", "--output", str(tmp_path / "o.png")]
     assert "--num-images 1 of 800000x800000 pixels needs at least 40,960.0 GB" in refused(__main__.main, command)
+    command = ["--batch-size", str(10**9), "--output", str(tmp_path / "run")]
+    assert "--batch-size 1000000000 needs at least 524,288.0 GB" in refused(train_toy.main, command)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", ["9223372036854775808", "9" * 300, "9" * 5000])
@@ -99,11 +114,33 @@ def test_what_a_console_cannot_print_stops_nothing(monkeypatch, encoding):
     assert text.endswith("\\ud800\n")
 
 
-def test_a_note_to_a_console_that_is_gone_stops_nothing(monkeypatch):
-    class Gone(io.StringIO):
-        def write(self, text):
-            raise OSError(5, "Input/output error")
+class Gone(io.StringIO):
+    def write(self, text):
+        raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sys, "stderr", Gone())
+
+@pytest.mark.parametrize("stream", [Gone(), None])
+def test_a_console_that_is_gone_or_closed_stops_nothing(monkeypatch, stream):
+    """Neither notes nor bars, which go there; what is wrong still has its exit status."""
+
+    def work():
+        cli.show_warning("a note", UserWarning, cli.__file__, 1)
+        done.extend(tqdm(range(3), mininterval=0))
+
+    monkeypatch.setattr(sys, "stderr", stream)
+    done = []
     with warnings.catch_warnings():
-        guarded(lambda: cli.show_warning("a note", UserWarning, cli.__file__, 1))
+        guarded(work)
+    assert done == [0, 1, 2]
+    with pytest.raises(SystemExit, match="2"):
+        guarded(raising(ValueError("what is wrong")))
+    assert sys.stderr is stream
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes the streams")
+def test_closed_standard_streams_do_not_lose_a_picture(tmp_path):
+    """A file that is written must not get one of their numbers, to which libraries write, too."""
+    command = [sys.executable, "-m", "minicn", *"generate --prompt a --num-steps 1 --height 32 --width 32 --output".split()]
+    shell = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command, str(tmp_path / "a.png")]
+    assert subprocess.run(shell, timeout=200).returncode == 0
+    assert Image.open(tmp_path / "a.png").size == (32, 32)

@@ -59,3 +59,13 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path, capsys):
         main(["scene", "0", "--output", str(tmp_path / "file")])
     assert stop.value.code == 2
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_a_scene_replaces_nothing_and_is_written_whole(tmp_path, refused, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "caption.txt").write_text("mine")
+    assert "is there already, and not empty" in refused(main, ["scene", "0", "--output", str(tmp_path / "mine")])
+    monkeypatch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    words = f"{tmp_path / 'new'} cannot be written (No space left on device)"
+    assert words in refused(main, ["scene", "0", "--output", str(tmp_path / "new")])
+    assert [*tmp_path.rglob("*")] == [tmp_path / "mine", tmp_path / "mine" / "caption.txt"]

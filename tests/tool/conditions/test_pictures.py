@@ -1,9 +1,11 @@
 """Pictures as people and strangers have them: opened by one function, written whole or not at all."""
 
+import dataclasses
 import io
 import logging
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 
 from minicn import __main__
 from minicn.conditions.images import FORMATS, load_image, open_image, save_image
+from minicn.trainer import data
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
 ENDINGS = {form: "." + form.lower() for form in FORMATS}
@@ -57,6 +60,7 @@ def test_whatever_a_decoder_raises_is_one_line_with_the_name(tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"a\.png is not a readable image: .") as said:
         load_image(tmp_path / "a.png")
     assert "\n" not in str(said.value)
+    assert str(said.value).endswith("more memory than there is: downscale it") == isinstance(error, MemoryError)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -113,6 +117,50 @@ def test_broken_metadata_do_not_stop_whole_pixels(tmp_path, ending, broken):
     assert load_image(path).size == NOISE.size[::-1]
 
 
+def chunk(kind: bytes, content: bytes, wrong: int = 0) -> bytes:
+    """Return a part of a PNG, if asked to with a wrong checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content) ^ wrong)
+
+
+TURNED = chunk(b"eXIf", ifd(6))
+PARTS = {
+    "a text of 3 MB in 3 kB": (chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3 << 20))) + TURNED, True),
+    "a colour profile of 90 MB in 90 kB": (chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(90 << 20))) + TURNED, True),
+    "a text with a wrong checksum": (TURNED + chunk(b"tEXt", b"a\0b", 1), True),
+    "EXIF with a wrong checksum": (chunk(b"eXIf", ifd(6), 1), False),
+    "numbers that are cut": (chunk(b"gAMA", b"") + chunk(b"cHRM", b"a") + chunk(b"pHYs", b"") + TURNED, True),
+    "an animation that is cut": (chunk(b"acTL", b"\0") + chunk(b"fcTL", b"\0") + TURNED, True),
+    "a part of no name": (chunk(b"\x1b[3a", b"") + TURNED, True),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_broken_parts_of_a_png_do_not_stop_whole_pixels(tmp_path, part):
+    content, turned = PARTS[part]
+    NOISE.save(tmp_path / "a.png")
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(whole[:33] + content + whole[33:])  # behind the header
+    expected = NOISE.transpose(Image.Transpose.ROTATE_270) if turned else NOISE
+    assert np.array_equal(load_image(tmp_path / "a.png"), expected)
+    (tmp_path / "a.png").write_bytes(whole[:33] + content + whole[33:-30])  # here the pixels are cut, too
+    with pytest.raises(ValueError, match=r"a\.png is not a readable image: "):
+        load_image(tmp_path / "a.png")
+
+
+def test_a_picture_has_a_number_of_bytes(tmp_path):
+    """Neither an empty one nor 20 GB of zeros, or what a kernel shows as a file without end, is read through."""
+    save_image(NOISE, tmp_path / "a.png")
+    with open(tmp_path / "a.png", "r+b") as file:
+        file.truncate(20 << 30)
+    (tmp_path / "b.png").touch()
+    pair = data.Pair(tmp_path / "b.png", tmp_path / "a.png", "", 1)
+    for name in ("a.png", "b.png", "/proc/self/pagemap"):
+        for read in (open_image, lambda path: data.digest([dataclasses.replace(pair, hint=path)])):
+            if (tmp_path / name).exists():
+                with pytest.raises(ValueError, match=r" has [\d,]+ bytes, but must have 1 to 1,073,741,824: name an image"):
+                    read(tmp_path / name)
+
+
 def test_what_pillow_logs_of_a_picture_is_no_second_line(tmp_path, capsys, monkeypatch):
     """A TIFF that claims 31,898 channels: Pillow logs an error of its own before it raises one."""
     monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, which people do not have
@@ -157,7 +205,7 @@ def test_a_full_disk_loses_no_picture(tmp_path, refused, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", full)
     line = refused(run, "condition", "canny", tmp_path / "in.png", old)
-    assert "old.png cannot be written ([Errno 28] No space left on device): free space" in line
+    assert "old.png cannot be written (No space left on device): free space" in line
     assert old.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.png", "old.png"]
 

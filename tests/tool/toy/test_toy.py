@@ -513,6 +513,9 @@ def test_errors_name_what_is_known():
         toy.scene(0, "val")
     with pytest.raises(ValueError, match="index is -1, but scenes are numbered from 0"):
         toy.scene(-1)
+    with pytest.raises(TypeError, match="float"):
+        toy.scene(1.0)
+    assert toy.scene(np.uint8(200)).caption == toy.scene(200).caption
     with pytest.raises(ValueError, match=r"condition is 'smell', but must be one of: .*canny"):
         scenes("test")[0].hint("smell")
 

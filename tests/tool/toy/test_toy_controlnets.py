@@ -57,7 +57,9 @@ def test_card_and_table_say_what_the_log_says(condition):
         rf"{before['score']:.2f} at step {before['step']:.0f} to {after['score']:.2f} at step {after['step']:.0f}", card
     )
     assert f"ends at {last['score']:.2f}" in card
-    measured = re.search(r"following score (\d\.\d\d) on 200 held-out scenes; scene accuracy ([\d./ ]+) of one, two, three", card)
+    measured = re.search(
+        r"following score (\d\.\d\d) on 200 held-out scenes; scene accuracy ([\d./ ]+) of one, two, three", card
+    )
     row = re.search(rf"(?m)^\| `{condition}` \|.* \| (\d\.\d\d) \| ([\d./ ]+) \| (\d+) and (\d+) \|$", TABLE)
     assert row.groups() == (*measured.groups(), f"{before['step']:.0f}", f"{after['step']:.0f}")
     floor, ceiling, value = map(float, re.findall(r"\| (\d\.\d{3})", row[0]))

@@ -1,6 +1,8 @@
 """Folders of hint, image and prompt: both formats, what is broken in them, and those that minicn makes."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -175,11 +177,38 @@ def test_check_data_writes_nothing_into_the_data(tmp_path, refused, capsys):
         assert "would lie among the data" in refused(
             __main__.main, ["check-data", str(folder), "--sheet", f"{tmp_path}/{name}"]
         )
+    outside = (folder / "source" / "0.png").rename(tmp_path / "outside.png")
+    (folder / "source" / "0.png").symlink_to(outside)
+    assert "is also read, and would be lost" in refused(__main__.main, ["check-data", str(folder), "--sheet", str(outside)])
     victim.write_text("precious")
     (tmp_path / "sheet.png").symlink_to(victim)
     __main__.main(["check-data", str(folder), "--sheet", str(tmp_path / "sheet.png")])
     assert victim.read_text() == "precious"
     assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_data_that_are_not_made_to_the_end_leave_nothing(tmp_path, monkeypatch, name):
+    """Whichever way the command is ended, but for a kill, which nobody can answer."""
+    circles, begun, number = data.circles, [], getattr(signal, name)
+
+    def pairs(*_):
+        yield from circles(2, size=16)
+        begun.extend(tmp_path.glob(".minicn-*/data/source/1.png"))
+        os.kill(os.getpid(), number)
+        yield from circles(100_000)
+
+    monkeypatch.setattr(data, "circles", pairs)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    handlers = [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGTERM, signal.SIGHUP)]
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main(["make-data", str(tmp_path / "data")])
+    for each, handler in zip((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), (interrupt, *handlers), strict=True):
+        signal.signal(each, handler)
+    assert stopped.value.code == 128 + number
+    assert len(begun) == 1
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_caption_of_any_length_is_drawn(tmp_path):

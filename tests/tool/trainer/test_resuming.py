@@ -78,6 +78,13 @@ def moment(**more):
         (moment(exp_avg=torch.zeros(32, 8, dtype=torch.float64)), "exp_avg is torch.float64"),
         (moment(exp_avg=torch.zeros(32, 8).to_sparse()), "exp_avg is"),
         (moment(step="many"), "optimizer.state.0.step is 'many'"),
+        (moment(step=torch.tensor(-1.0)), "optimizer.state.0.step is -1, but must be 0 or more"),
+        (lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.9, 1.0)), r"has lr 1e-05 and betas \(0.9, 1.0\)"),
+        (
+            lambda s: s["optimizer"]["param_groups"][0].update(betas=(-0.9, 0.9)),
+            r"param_groups.0 has lr 1e-05 and betas \(-0.9, 0.9\)",
+        ),
+        (lambda s: s["optimizer"]["param_groups"][0].update(lr=1e15), r"param_groups.0 has lr 1e\+15 and"),
         (moment(max_exp_avg_sq=torch.zeros(8)), "state.0 is a dict of 4, but must be a dict of 3"),
         (lambda s: s["optimizer"]["state"].update({10**6: {}, 10**6 + 1: torch.zeros(1)}), "optimizer.state.1000001 is"),
         (lambda s: s["optimizer"].update(state=[1]), "optimizer.state is a list of 1"),
@@ -133,6 +140,11 @@ def test_a_checkpoint_of_another_run_is_not_damaged_but_another(few, saved):
         progress(few, saved, seed=1).resume()
     with pytest.raises(ValueError, match="was made with --unlock none, not all: give the same"):
         progress(few, saved, unlock="all").resume()
+    for name in ("global_pool", "bgr"):  # which the weights do not show
+        begun = progress(few, saved)
+        begun.net.cfg = dataclasses.replace(begun.net.cfg, **{name: True})
+        with pytest.raises(ValueError, match=f"is of a ControlNet whose {name} is not True: give the same --controlnet"):
+            begun.resume()
 
 
 @pytest.mark.filterwarnings("error")
@@ -256,14 +268,17 @@ def test_a_new_run_replaces_only_the_reports_of_a_run(tmp_path):
     recording.Run(tmp_path / "killed", {}).prepare(False)
 
 
-def test_a_refused_run_touches_nothing(few, saved, tmp_path):
-    """Nor does it keep the folder."""
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_refused_run_touches_nothing(few, saved, tmp_path, locked):
+    """Nor does it keep the folder, or leave a lock where none was."""
     folder = shutil.copytree(saved, tmp_path / "run")
-    (folder / ".lock").touch()
+    (folder / ".lock").unlink(missing_ok=True)
+    if locked:
+        (folder / ".lock").touch()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     for settings in ({"seed": 1}, {"steps": 0}):
         with pytest.raises(ValueError, match="give"):
-            recording.Run(folder, dataclasses.asdict(training.Recipe(**{"steps": 9} | settings))).prepare(True)
+            recording.Run(folder, dataclasses.asdict(training.Recipe(9)) | settings).prepare(True)
     with pytest.raises(ValueError, match="already holds a run"):
         recording.Run(folder, {}).prepare(False)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
@@ -383,6 +398,8 @@ def test_what_was_encoded_of_the_same_is_not_encoded_again(sd, circles, tmp_path
         lambda e: e.update(prompt=e["prompt"].float()),
         lambda e: e.update(prompt=e["prompt"] + 100),
         lambda e: e.update(prompt=e["prompt"] - 100),
+        lambda e: e["latents"][0, 0, 0].fill_(float("nan")),
+        lambda e: e["contexts"][0, 0, :1].fill_(float("inf")),
     ],
 )
 def test_what_is_kept_encoded_is_looked_at(sd, circles, tmp_path, change):

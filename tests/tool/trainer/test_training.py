@@ -497,7 +497,7 @@ def test_the_first_pairs_are_held_out(folder, tmp_path, capsys, monkeypatch, mor
     assert learned.shapes["latents"][0] == 6 - held
     assert torch.equal(learned.get("latents"), from_pairs(StableDiffusion.load("toy"), pairs[held:], 64).latents)
     said = f"held out: {held} of 6 pairs, drawn" if held else "held out: none; the pairs drawn and scored are learned from"
-    assert said in capsys.readouterr().err
+    assert f"note: {said}" in capsys.readouterr().err
 
 
 def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
@@ -583,6 +583,31 @@ def test_the_ledger_knows_what_saves_memory():
     assert predicted(gradient_checkpointing=True).activations < 0.4 * plain
     assert abs(predicted(accumulate=2).activations / plain - 0.5) < 0.05
     assert predicted(connect="middle").activations < plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("steps", 0, "int from 1"),
+        ("steps", 1.5, "int from 1"),
+        ("batch_size", -1, "int from 1"),
+        ("lr", float("nan"), "float from 0 to 1"),
+        ("seed", 10**13, "int from 0 to 9000000000000"),
+        ("seed", "1", "int"),
+        ("connect", "side", "all or middle"),
+        ("gradient_checkpointing", 1, "bool"),
+    ],
+)
+def test_a_recipe_out_of_range_is_refused(name, value, words):
+    with pytest.raises(ValueError, match=f"^{name} is {value!r}, but must be {words}"):
+        training.Recipe(**{"steps": 3} | {name: value})
+
+
+def test_numpys_numbers_make_the_same_recipe():
+    """A checkpoint keeps it, in which numpy's numbers would be calls of functions."""
+    recipe = training.Recipe(np.int64(3), np.uint8(2), lr=np.float64(0.5), gradient_checkpointing=False)
+    assert recipe == training.Recipe(3, 2, lr=0.5)
+    assert {type(value) for value in dataclasses.asdict(recipe).values()} == {int, float, str, bool}
 
 
 def test_the_ledger_counts_what_autograd_keeps():
