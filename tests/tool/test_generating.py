@@ -386,6 +386,19 @@ def test_the_toys_own_captioner_names_what_is_there():
     assert captioning.toy_caption(Image.new("RGB", (128, 128), "white")) == "things on a white background"
 
 
+def test_a_thing_of_two_colours_is_one_thing():
+    """As what is drawn without words often is; that of the colour that covers more. Two things that touch stay two."""
+    plain = next(scene for scene in map(held_out, range(50)) if [thing.kind for thing in scene.things] == ["person"])
+    other = next(colour for colour in toy.COLOURS if colour != plain.things[0].colour)
+    image, rows = plain.image.copy(), np.argwhere(plain.labels > 0)[:, 0]
+    top = np.arange(128)[:, None] < np.quantile(rows, 0.3)
+    shade = image.max(2, keepdims=True) / image[plain.labels > 0].max()
+    repainted = (shade * np.array(toy.COLOURS[other]) * (1 if max(toy.COLOURS[other]) > 1 else 255)).clip(0, 255)
+    image = np.where((top & (plain.labels > 0))[..., None], repainted, image).astype(np.uint8)
+    assert ([*toy.COLOURS].index(other) == toy.name_colours(image)).sum() > 200
+    assert captioning.toy_caption(Image.fromarray(image)) == plain.caption
+
+
 def test_a_captioner_must_be_there(sd):
     """A model captions for itself if it knows the toy's words, whatever its folder is called."""
     assert captioning.captioner(None, sd) is captioning.toy_caption
