@@ -1502,7 +1502,7 @@ BUGS = {
         ),
         (
             "a console that is gone stops the work",
-            "        with contextlib.suppress(OSError):\n            self.stream.write(text)",
+            "        with contextlib.suppress(OSError, ValueError):\n            self.stream.write(text)",
             "        self.stream.write(text)",
             "test_a_console_that_is_gone_or_closed_stops_nothing",
         ),
