@@ -209,9 +209,9 @@ class Run:
         if self._lock is None:
             return
         if unused:
-            with contextlib.suppress(OSError):  # Windows has no lock; a folder that holds something stays
+            with contextlib.suppress(OSError):  # a folder that holds something stays
                 for path in self._made:
-                    path.rmdir() if path == self.folder else path.unlink()
+                    path.rmdir() if path == self.folder else path.unlink(missing_ok=True)
         self._lock.close()
         self._lock = None
 
