@@ -11,8 +11,9 @@ from minicn.controlnet import ControlNet
 from minicn.pipeline import StableDiffusion
 
 NEXT = """Next, one of:
-  minicn generate --controlnet toy-scribble --hint-from scribble --hint YOURS.png --prompt "a red ball on a white background"
-  minicn generate --help            what the toy can draw, and every option; YOURS.png is a drawing, dark on white
+  minicn generate --controlnet toy-scribble --hint-from scribble --fit --hint YOURS.png --prompt "a red ball"
+                                    where YOURS.png is a drawing of a ball, dark on white
+  minicn generate --help            what the toy can draw, and every option
   minicn scene 1 --output scene     all that is known of this scene: its depth, its labels, all eleven hints"""
 
 

@@ -111,9 +111,9 @@ def test_the_first_pictures_are_drawn(first):
     scene = toy.scene(1, "test")
     assert f'--prompt "{scene.caption}"' in README
     here = scene.labels > 0
-    for name, colour in (("out.png", "blue"), ("out-2.png", "red")):
+    for name, colour in (("out.png", "blue"), ("out-2.png", "red"), ("out-3.png", "red")):
         found = toy.name_colours(np.asarray(Image.open(folder / name)))
-        assert (found[here] == [*toy.COLOURS].index(colour)).mean() > 0.9
+        assert (found[here] == [*toy.COLOURS].index(colour)).mean() > 0.8
     hint = np.asarray(conditions.load_image(folder / "sheet.png"))[30:, :128]
     assert np.array_equal(hint, conditions.scribble(conditions.load_image(folder / "drawing.png")))
 
