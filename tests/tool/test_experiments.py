@@ -1,0 +1,205 @@
+"""The experiments: what they share, what they count, and what their page says of their results."""
+
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import harness
+import numpy as np
+import pytest
+import simple_objects
+import torch
+from PIL import Image
+
+from minicn import StableDiffusion, toy
+from minicn.toy import measures
+from tests.tool import test_house
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.stem != "harness")
+RECORDED = sorted(path.stem for path in harness.RESULTS.glob("*.json"))
+PAGE = (ROOT / "experiments" / "README.md").read_text("utf-8")
+
+
+def run(tmp_path, measure, *argv):
+    """Run an experiment of two rows in a folder."""
+    return harness.main("some.py", "Some experiment.", measure, ["--output", str(tmp_path / "out"), *argv], scenes=3)
+
+
+def two_rows(made, fails=False):
+    """Return a `measure` that notes which rows it makes, and may fail before the second."""
+
+    def measure(experiment):
+        for name, value in (("first", 0.25), ("second", 0.5)):
+            if fails and name == "second":
+                raise ValueError("the power is gone")
+            picture = np.full((128, 128, 3), int(255 * value), np.uint8)
+            experiment.row(name, lambda name=name, v=value, p=picture: (made.append(name), ({"following": v}, [p]))[1])
+
+    return measure
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+# What they share
+
+
+def test_an_experiment_goes_on_after_the_last_row(tmp_path, capsys):
+    """What was measured is not measured again; the sheet and the table hold all of it."""
+    made: list[str] = []
+    with pytest.raises(SystemExit):
+        run(tmp_path, two_rows(made, fails=True))
+    assert capsys.readouterr().err == "error: the power is gone\n"
+    assert list(results(tmp_path)["rows"]) == ["first"]
+    assert run(tmp_path, two_rows(made), "--resume") == 0
+    assert made == ["first", "second"]
+    assert results(tmp_path)["rows"] == {"first": {"following": 0.25}, "second": {"following": 0.5}}
+    assert capsys.readouterr().out.splitlines()[-2:] == ["| first | 0.25 |", "| second | 0.50 |"]
+    sheet = Image.open(tmp_path / "out" / "sheet.png").convert("RGB")
+    assert [sheet.getpixel((x, 100))[0] for x in (64, 132 + 64)] == [63, 127]
+
+
+def test_results_say_how_they_were_made(tmp_path):
+    run(tmp_path, two_rows([]), "--seed", "7")
+    found = results(tmp_path)
+    assert found["command"] == "python experiments/some.py --seed 7"
+    assert found["seed"] == 7
+    assert found["settings"]["scenes"] == "3"
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", found["commit"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "already holds results: --resume goes on, another --output starts anew"),
+        (["--resume", "--scenes", "4"], "was made with --scenes 3, not 4: give the same"),
+        (["--resume", "--seed", "1"], "was made with --seed 0, not 1"),
+        (["--scenes", "1"], "expected an integer from 2"),
+        (["--quick", "--record"], "two scenes measure nothing"),
+        (["--sheet"], "unrecognized arguments: --sheet"),
+    ],
+)
+def test_what_cannot_be_is_one_line(tmp_path, capsys, argv, words):
+    run(tmp_path, two_rows([]))
+    before = results(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, two_rows([]), *argv)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert results(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": {}, "cpu_seconds": 1, "rows": {"a": {"b": "c"}}}', "no JSON"])
+def test_damaged_results_are_one_line(tmp_path, capsys, text):
+    run(tmp_path, two_rows([]))
+    (tmp_path / "out" / "results.json").write_text(text)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, two_rows([]), "--resume")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(said.splitlines()) == 1
+    assert "results.json" in said
+
+
+def test_what_lies_in_the_folder_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sheet.png").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(tmp_path, two_rows([]))
+    assert "sheet.png is there already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "sheet.png").read_text() == "mine"
+
+
+def test_held_out_scenes_are_those_of_the_benchmark(tmp_path):
+    """Test scenes from 1000 on, each from its caption by its own seed; the bounds are 0 and 1, drawn once for all hints."""
+    args = Namespace(output=tmp_path, resume=False, quick=True, scenes=2, seed=0)
+    experiment = harness.Experiment("some", args, vars(args))
+    experiment.num_steps = 1
+    sd = StableDiffusion.load("toy")
+    held_out = harness.HeldOut(experiment, sd, "canny")
+    assert [scene.index for scene in held_out.scenes] == [1000, 1001]
+    assert torch.equal(held_out.hints[1], torch.from_numpy(toy.scene(1001, "test").hint("canny")).permute(2, 0, 1) / 255)
+    floor, ceiling = (
+        experiment.rows["canny: without control"],
+        experiment.rows["canny: true pictures, through the autoencoder"],
+    )
+    assert (floor["following"], ceiling["following"]) == (0, 1)
+    captions = [scene.caption for scene in held_out.scenes]
+    images = sd.generate(captions, num_steps=1, guidance_scale=3.0, seed=0)
+    assert floor["measure"] == round(measures.mean(measures.edge_f1, images, [s.image for s in held_out.scenes]), 4)
+    harness.HeldOut(experiment, sd, "depth")
+    assert len(experiment.drawn) == 2
+    assert [title.split("\n")[0] for title, _ in experiment.columns][-1] == "hint"
+    experiment.release()
+
+
+def test_a_wide_table_is_turned():
+    """A row each, until there are more figures than fit beside each other."""
+    rows = {"a": {"following": 0.123, "parameters": 1234.0}, "b": {"following": -0.001}}
+    assert harness.table(rows)[0] == "| | following | parameters |"
+    assert harness.table(rows)[2:] == ["| a | 0.12 | 1,234 |", "| b | 0.00 | - |"]
+    wide = {"a": {str(i): i for i in range(9)}}
+    assert harness.table(wide)[:3] == ["| | a |", "| --- | --- |", "| 0 | 0.00 |"]
+
+
+# What each counts
+
+
+def test_a_thing_that_is_moved_is_off_by_as_much():
+    """Simple objects: the farthest part of the outline, in pixels, around that thing alone."""
+    scene = next(scene for scene in toy.scenes(50, "test") if len(scene.things) == 2 and scene.things[0].kind == "ball")
+    outline, near = scene.outlines() & (scene.owners == 0), simple_objects.around(scene, 0)
+    true = measures.edges(scene.image)
+    assert simple_objects.deviation(true, true, outline, near) <= 2  # Canny's edges lie beside the outline
+    moved = np.where(near, np.roll(true & near, 4, axis=1), true)
+    assert 3 <= simple_objects.deviation(moved, true, outline, near) <= 5.5
+    assert simple_objects.deviation(true, true, scene.outlines() & (scene.owners == 1), simple_objects.around(scene, 1)) <= 2
+    assert simple_objects.deviation(np.zeros_like(true), true, outline, near) == 128
+    assert not (near & (scene.owners == 1)).any()
+    figures = simple_objects.by_thing([Image.fromarray(scene.image)], [scene])
+    assert figures["F1, ball"] == 1
+    assert figures["at most 2 pixels off"] == 1
+
+
+# What the page says
+
+
+def test_an_experiment_is_a_page():
+    """At most 150 lines; functions as short as the package's."""
+    assert {path.stem: n for path in FILES if (n := len(path.read_text("utf-8").splitlines())) > 150} == {}
+    assert test_house.long_functions(ROOT / "experiments") == {}
+
+
+def test_the_tables_are_what_was_measured():
+    """The overview, and each experiment's table, sheet and default command, are those of experiments/results/."""
+    lines = PAGE.splitlines()
+    assert "\n".join(harness.overview(RECORDED)) in PAGE
+    for name in RECORDED:
+        kept = json.loads((harness.RESULTS / f"{name}.json").read_text("utf-8"))
+        assert "\n".join(harness.table(kept["rows"])) in PAGE, name
+        assert f"## {name}" in lines
+        assert f"](../docs/experiments/{name}.png)" in PAGE
+        assert (harness.SHEETS / f"{name}.png").stat().st_size < 300_000
+        assert re.fullmatch(rf"python experiments/{name}\.py( --scenes \d+)?", kept["command"])
+    assert {path.stem for path in harness.SHEETS.glob("*.png")} == set(RECORDED)
+
+
+def test_every_number_of_a_sentence_was_measured():
+    """What a section says with a decimal point stands in its table."""
+    for section in PAGE.split("\n## ")[1:]:
+        prose = "\n".join(line for line in section.splitlines() if not line.startswith("|"))
+        table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+        measured = set(re.findall(r"-?\d+\.\d+", table))
+        assert set(re.findall(r"-?\d+\.\d+", prose)) <= measured, section.split("\n")[0]
+
+
+def test_an_experiment_has_results_or_is_named_as_not_run():
+    section = PAGE.split("Not run yet")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)\.py`", section)) == {path.stem for path in FILES} - set(RECORDED)
