@@ -112,6 +112,7 @@ class Experiment:
         self.command = f"python experiments/{name}.py" + (" --quick" if args.quick else "".join(given))
         self.columns: list[tuple[str, list[Image.Image]]] = []
         self.rows: dict[str, Figures] = {}
+        self.below: Image.Image | None = None  # what stands under the columns of the sheet
         self.drawn: dict[tuple, list[Image.Image]] = {}  # the bounds' pictures, by their scenes
         self.commit, self.earlier, self.found = commit(), 0.0, False
         self.begin()
@@ -190,10 +191,9 @@ class Experiment:
         }
         files.write_json(self.file, content)
 
-    def finish(self, sheet: Image.Image | None = None) -> None:
+    def finish(self) -> None:
         """Draw the sheet, print the table; with --record, keep both in the repository."""
-        if not self.found or len(self.columns):
-            conditions.save_image(sheet or draw_sheet(self.columns), self.folder / "sheet.png")
+        conditions.save_image(draw_sheet(self.columns, self.below), self.folder / "sheet.png")
         print("\n".join(table(files.read_json(self.file)["rows"])))
         if self.args.record:
             for source, place in ((self.file, RESULTS), (self.folder / "sheet.png", SHEETS)):
@@ -298,25 +298,39 @@ def number(name: str, value: float) -> str:
 
 
 def table(rows: dict[str, Figures]) -> list[str]:
-    """Return results as lines of Markdown: a row each, a column for each figure that any has; turned if that is wide."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [["", *names]]
+    """Return results as Markdown: a table for each group of rows that share figures, with a column for each figure.
+
+    A table with more figures than fit beside each other, and than rows, is turned.
+    """
+    groups: list[dict[str, Figures]] = []
     for title, row in rows.items():
-        cells.append([title, *(number(name, row[name]) if name in row else "-" for name in names)])
-    if len(names) > max(len(rows), WIDEST):
-        cells = [list(column) for column in zip(*cells, strict=True)]
-    lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-    return [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines]
+        group = next((g for g in groups if any(row.keys() & other.keys() for other in g.values())), None)
+        if group is None:
+            groups.append(group := {})
+        group[title] = row
+    lines = []
+    for group in groups:
+        names = list(dict.fromkeys(name for row in group.values() for name in row))
+        cells = [["", *names]]
+        for title, row in group.items():
+            cells.append([title, *(number(name, row[name]) if name in row else "-" for name in names)])
+        if len(names) > max(len(group), WIDEST):
+            cells = [list(column) for column in zip(*cells, strict=True)]
+        cells.insert(1, ["---"] * len(cells[0]))
+        lines += ["", *(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in cells)]
+    return lines[1:]
 
 
-def draw_sheet(columns: list[tuple[str, list[Image.Image]]]) -> Image.Image:
-    """Draw columns of pictures beside each other, up to WIDE in a band, in 256 colours."""
+def draw_sheet(columns: list[tuple[str, list[Image.Image]]], below: Image.Image | None = None) -> Image.Image:
+    """Draw columns of pictures beside each other, up to WIDE in a band, and a picture below, in 256 colours."""
     side, gap, head = toy.SIZE, 4, 44
     high = max(len(pictures) for _, pictures in columns)
     bands = [columns[i : i + WIDE] for i in range(0, len(columns), WIDE)]
     width = max(len(band) for band in bands) * (side + gap) - gap
     tall = head + high * (side + gap)
-    sheet = Image.new("RGB", (width, len(bands) * tall - gap), "white")
+    more = below or Image.new("RGB", (0, 0))
+    sheet = Image.new("RGB", (max(width, more.width), len(bands) * tall - gap + more.height), "white")
+    sheet.paste(more, (0, len(bands) * tall - gap))
     draw = ImageDraw.Draw(sheet)
     for b, band in enumerate(bands):
         top = b * tall

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import harness
 import numpy as np
+import part_of_the_steps
 import pytest
 import simple_objects
 import torch
 from PIL import Image
 
-from minicn import StableDiffusion, toy
+from minicn import ControlNet, StableDiffusion, toy
 from minicn.toy import measures
 from tests.tool import test_house
 
@@ -38,6 +39,14 @@ def two_rows(made, fails=False):
             experiment.row(name, lambda name=name, v=value, p=picture: (made.append(name), ({"following": v}, [p]))[1])
 
     return measure
+
+
+def begun(tmp_path, num_steps):
+    """Return an experiment of two scenes."""
+    args = Namespace(output=tmp_path, resume=False, quick=True, scenes=2, seed=0)
+    experiment = harness.Experiment("some", args, vars(args))
+    experiment.num_steps = num_steps
+    return experiment
 
 
 def results(tmp_path):
@@ -119,9 +128,7 @@ def test_what_lies_in_the_folder_is_not_replaced(tmp_path, capsys):
 
 def test_held_out_scenes_are_those_of_the_benchmark(tmp_path):
     """Test scenes from 1000 on, each from its caption by its own seed; the bounds are 0 and 1, drawn once for all hints."""
-    args = Namespace(output=tmp_path, resume=False, quick=True, scenes=2, seed=0)
-    experiment = harness.Experiment("some", args, vars(args))
-    experiment.num_steps = 1
+    experiment = begun(tmp_path, num_steps=1)
     sd = StableDiffusion.load("toy")
     held_out = harness.HeldOut(experiment, sd, "canny")
     assert [scene.index for scene in held_out.scenes] == [1000, 1001]
@@ -145,6 +152,7 @@ def test_a_wide_table_is_turned():
     rows = {"a": {"following": 0.123, "parameters": 1234.0}, "b": {"following": -0.001}}
     assert harness.table(rows)[0] == "| | following | parameters |"
     assert harness.table(rows)[2:] == ["| a | 0.12 | 1,234 |", "| b | 0.00 | - |"]
+    assert harness.table({"a": {"x": 1}, "b": {"y": 2}, "c": {"x": 3}})[3:5] == ["| c | 3.00 |", ""]
     wide = {"a": {str(i): i for i in range(9)}}
     assert harness.table(wide)[:3] == ["| | a |", "| --- | --- |", "| 0 | 0.00 |"]
 
@@ -166,6 +174,21 @@ def test_a_thing_that_is_moved_is_off_by_as_much():
     figures = simple_objects.by_thing([Image.fromarray(scene.image)], [scene])
     assert figures["F1, ball"] == 1
     assert figures["at most 2 pixels off"] == 1
+
+
+def test_windows_that_share_a_trajectory_are_those_that_are_drawn_alone(tmp_path):
+    """Part of the steps: a window's pictures are those of `generate` with its control_start and control_end."""
+    experiment = begun(tmp_path, num_steps=10)
+    sd = StableDiffusion.load("toy")
+    net = ControlNet.load("toy-canny", unet=sd.unet)
+    held_out = harness.HeldOut(experiment, sd, "canny")
+    windows = dict(part_of_the_steps.Trajectories(held_out, net, 0).windows(7))
+    assert list(windows) == [8, 9, 10]
+    alone, other = (held_out.draw(net, control_start=0.7, control_end=end) for end in (0.9, 1.0))
+    for a, b, c in zip(sd.decode_latents(windows[9]), alone, other, strict=True):
+        assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1  # a picture's 8 bits, if roundings differ
+        assert not np.array_equal(a, c)
+    experiment.release()
 
 
 # What the page says
