@@ -38,7 +38,6 @@ RESULTS, SHEETS = ROOT / "experiments" / "results", ROOT / "docs" / "experiments
 FIRST = 1000  # the first held-out scene; benchmarks/toy.py measures on the same
 GUIDANCE = 3.0
 BATCH = 25  # pictures drawn at once, each batch by a seed of its own
-SHOWN = 4  # of the pictures of a row, in the sheet
 WIDE = 8  # columns of the sheet beside each other
 WIDEST = 8  # figures beside each other in a table
 Figures = dict[str, float]
@@ -112,6 +111,7 @@ class Experiment:
         self.command = f"python experiments/{name}.py" + (" --quick" if args.quick else "".join(given))
         self.columns: list[tuple[str, list[Image.Image]]] = []
         self.rows: dict[str, Figures] = {}
+        self.shown = 4  # of the pictures of a row, in the sheet
         self.below: Image.Image | None = None  # what stands under the columns of the sheet
         self.drawn: dict[tuple, list[Image.Image]] = {}  # the bounds' pictures, by their scenes
         self.commit, self.earlier, self.found = commit(), 0.0, False
@@ -155,7 +155,7 @@ class Experiment:
 
     def show(self, title: str, pictures: Sequence[np.ndarray | Image.Image]) -> None:
         """Add a column to the sheet."""
-        self.columns.append((title, [Image.fromarray(np.asarray(picture)) for picture in pictures[:SHOWN]]))
+        self.columns.append((title, [Image.fromarray(np.asarray(picture)) for picture in pictures[: self.shown]]))
 
     def row(self, name: str, make: Callable[[], tuple[Figures, Sequence]], shown: str = "") -> Figures:
         """Measure a row, or take it from an earlier run: its figures, and pictures for the sheet.
@@ -167,7 +167,7 @@ class Experiment:
         if name not in self.rows:
             figures, pictures = make()
             if len(pictures):
-                column = np.concatenate([np.asarray(picture) for picture in pictures[:SHOWN]])
+                column = np.concatenate([np.asarray(picture) for picture in pictures[: self.shown]])
                 conditions.save_image(Image.fromarray(column), place)
             self.rows[name] = {key: round(float(value), 4) for key, value in figures.items()}
             self.write()

@@ -8,13 +8,15 @@ from pathlib import Path
 import harness
 import numpy as np
 import part_of_the_steps
+import pen_editing
 import pytest
 import simple_objects
 import torch
+import wrong_readings
 from PIL import Image
 
 from minicn import ControlNet, StableDiffusion, toy
-from minicn.toy import measures
+from minicn.toy import judging, measures
 from tests.tool import test_house
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +191,57 @@ def test_windows_that_share_a_trajectory_are_those_that_are_drawn_alone(tmp_path
         assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1  # a picture's 8 bits, if roundings differ
         assert not np.array_equal(a, c)
     experiment.release()
+
+
+def test_an_edit_is_inside_its_mask():
+    """Pen editing: the wanted scene differs from the one before inside the mask alone, and its strokes lie there."""
+    for scene in toy.scenes(12, "test", first=1000):
+        edit = pen_editing.edit(scene)
+        old, new = scene.things[0], edit.wanted.things[0]
+        assert f"{new.colour} {new.kind}" in edit.wanted.caption
+        assert f"{old.colour} {old.kind}" not in edit.wanted.caption
+        assert new.colour not in scene.colours
+        wanted = Image.fromarray(edit.wanted.image)
+        assert edit.kept(wanted)
+        assert edit.kept(edit.before)
+        assert edit.inside(wanted) > 0.8 > edit.inside(edit.before)
+        assert not edit.strokes[~edit.mask].any()
+        assert edit.strokes[edit.mask].any()
+        other = np.array(edit.before)
+        other[0, 0, 0] ^= 1  # a corner is never redrawn
+        assert not edit.kept(Image.fromarray(other))
+
+
+class Counted:
+    """A reader that draws nothing: it keeps what would be drawn, and what counts it."""
+
+    def __init__(self):
+        self.judge, self.experiment, self.rows = judging.Judge.load(), self, {}
+
+    def show(self, title, pictures):
+        pass
+
+    def row(self, name, count, scenes, prompts, hints, **settings):
+        assert len(scenes) == len(prompts)
+        self.rows[name] = count, scenes, prompts
+
+
+def test_readings_are_counted_as_what_they_are():
+    """Wrong readings: of true pictures the hint's thing is seen; upside down, the colours are exchanged."""
+    alone = [scene for scene in toy.scenes(12, "test", first=1000) if len(scene.things) == 1]
+    for part in (wrong_readings.contradictions, wrong_readings.circles, wrong_readings.exchanged):
+        part(reader := Counted(), alone)
+        for count, scenes, _ in reader.rows.values():
+            found = count([Image.fromarray(scene.image) for scene in scenes])
+            assert sum(found.values()) == pytest.approx(1)
+            assert next(iter(found.values())) == 1 or found.get("a ring") == 1
+    count, pairs, prompts = reader.rows["3. prompt says which is above"]
+    assert count([Image.fromarray(pair.image[::-1]) for pair in pairs])["colours exchanged"] == 1
+    assert count([Image.fromarray(alone[0].image) for _ in pairs])["colours missing"] == 1
+    assert all(p.index(f" {pair.things[0].colour} ") < p.index(" above ") for p, pair in zip(prompts, pairs, strict=True))
+    wrong_readings.contradictions(reader, alone)
+    _, scenes, prompts = reader.rows["1. prompt of another thing"]
+    assert not any(scene.things[0].kind in prompt for scene, prompt in zip(scenes, prompts, strict=True))
 
 
 # What the page says
