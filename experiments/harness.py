@@ -100,7 +100,7 @@ class Experiment:
     defaults  theirs, by name: what differs stands in the command that the results name
     """
 
-    REPORTS = ("results.json", "sheet.png", "pictures")
+    REPORTS = ("results.json", "sheet.png", "pictures", "checkpoints")
 
     def __init__(self, name: str, args: Namespace, defaults: dict):
         self.name, self.args, self.folder = name, args, args.output
@@ -169,7 +169,7 @@ class Experiment:
             if len(pictures):
                 column = np.concatenate([np.asarray(picture) for picture in pictures[: self.shown]])
                 conditions.save_image(Image.fromarray(column), place)
-            self.rows[name] = {key: round(float(value), 4) for key, value in figures.items()}
+            self.rows[name] = {key: rounded(float(value)) for key, value in figures.items()}
             self.write()
         figures = self.rows[name]
         if place.is_file():
@@ -290,8 +290,15 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def rounded(value: float) -> float:
+    """Return a figure as it is kept: four digits, of large ones four after the point."""
+    return float(f"{value:.4g}") if abs(value) < 1 else round(value, 4)
+
+
 def number(name: str, value: float) -> str:
-    """Write a figure as the tables do: shares with two digits, counts without."""
+    """Write a figure as the tables do: shares with two digits, counts without, gradients with their power of ten."""
+    if name.startswith("gradient"):
+        return f"{value:.1e}" if value else "0"
     if name.startswith(("parameters", "pictures", "scenes", "step")):
         return f"{value:,.0f}"
     return recording.words(value)

@@ -5,7 +5,9 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
+import another_model
 import harness
+import learning
 import numpy as np
 import part_of_the_steps
 import pen_editing
@@ -14,13 +16,14 @@ import simple_objects
 import torch
 import wrong_readings
 from PIL import Image
+from torch import nn
 
 from minicn import ControlNet, StableDiffusion, toy
 from minicn.toy import judging, measures
 from tests.tool import test_house
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if path.stem != "harness")
+FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if "harness.main(" in path.read_text("utf-8"))
 RECORDED = sorted(path.stem for path in harness.RESULTS.glob("*.json"))
 PAGE = (ROOT / "experiments" / "README.md").read_text("utf-8")
 
@@ -142,11 +145,39 @@ def test_held_out_scenes_are_those_of_the_benchmark(tmp_path):
     assert (floor["following"], ceiling["following"]) == (0, 1)
     captions = [scene.caption for scene in held_out.scenes]
     images = sd.generate(captions, num_steps=1, guidance_scale=3.0, seed=0)
-    assert floor["measure"] == round(measures.mean(measures.edge_f1, images, [s.image for s in held_out.scenes]), 4)
+    value = measures.mean(measures.edge_f1, images, [scene.image for scene in held_out.scenes])
+    assert floor["measure"] == pytest.approx(value, abs=1e-4)
     harness.HeldOut(experiment, sd, "depth")
     assert len(experiment.drawn) == 2
     assert [title.split("\n")[0] for title, _ in experiment.columns][-1] == "hint"
     experiment.release()
+
+
+def test_a_resumed_training_ends_alike(tmp_path, monkeypatch):
+    """Interrupted after a checkpoint, and gone on: the same weights bit for bit; one of something else is refused."""
+    monkeypatch.setattr(learning, "CHECKPOINT_EVERY", 2)
+    experiment = Namespace(folder=tmp_path)
+
+    def trained(name, stop=7):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 3)
+
+        def loss(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return (layer(torch.full((1, 3), 1.0 + step)) - step).square().mean()
+
+        took = learning.train(experiment, name, layer, loss, steps=6, lr=0.1)
+        assert took["parameters trained"] == 12
+        return layer.weight.detach()
+
+    whole = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("parted", stop=6)
+    assert torch.load(tmp_path / "checkpoints" / "parted.pt")["step"] == 4
+    assert torch.equal(trained("parted", stop=4), whole)
+    with pytest.raises(ValueError, match=r"whole.pt is damaged: module.weight"):
+        learning.train(experiment, "whole", nn.Linear(2, 3), lambda step: None, steps=6, lr=0.1)
 
 
 def test_a_wide_table_is_turned():
@@ -242,6 +273,26 @@ def test_readings_are_counted_as_what_they_are():
     wrong_readings.contradictions(reader, alone)
     _, scenes, prompts = reader.rows["1. prompt of another thing"]
     assert not any(scene.things[0].kind in prompt for scene, prompt in zip(scenes, prompts, strict=True))
+
+
+def test_another_model_is_controlled_by_the_same_code():
+    """A fresh ControlNet changes nothing; behind two zero layers a single zero convolution wakes at the second step."""
+    torch.manual_seed(0)
+    pictures = another_model.Pictures(4, "train")
+    assert pictures.images.shape == pictures.hints.shape == (4, 3, 32, 32)
+    assert set(pictures.hints.unique().tolist()) == {0, 1}
+    model = another_model.PixelModel(pictures, 0)
+    for p in model.unet.parameters():  # as after training: what starts at zero is not
+        nn.init.normal_(p, std=0.1) if not p.any() else None
+    model.unet.requires_grad_(False)
+    for name, encoder in another_model.ENCODERS.items():
+        net = ControlNet.from_unet(model.unet)
+        net.input_hint_block = encoder()
+        assert net.hint_features(pictures.hints).shape == (4, another_model.WIDTH, 32, 32)
+        assert bool(net.hint_features(pictures.hints).any()) == (name == "a convolution that is not zero")
+        assert model.loss(1, net) == model.loss(1)
+        found = another_model.first_gradients(net, model, 1e-3)
+        assert found["gradient 1"] == 0 < found["gradient 2"]
 
 
 # What the page says
