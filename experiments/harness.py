@@ -114,6 +114,7 @@ class Experiment:
         self.shown = 4  # of the pictures of a row, in the sheet
         self.below: Image.Image | None = None  # what stands under the columns of the sheet
         self.drawn: dict[tuple, list[Image.Image]] = {}  # the bounds' pictures, by their scenes
+        self.bounded: list[list[Image.Image]] = []  # the true pictures whose bounds stand in the sheet
         self.commit, self.earlier, self.found = commit(), 0.0, False
         self.begin()
         self.clock = time.process_time()
@@ -206,19 +207,26 @@ class HeldOut:
 
     condition  one of `conditions.NAMES`; with a pose, scenes with people
     also       further figures of pictures of all the scenes
+    training   instead of held-out scenes, this many of the first training scenes
     The bounds are the first two rows: the ceiling is what the autoencoder preserves of the true pictures, the floor what
     the same prompts and seeds reach without control.
     """
 
-    def __init__(self, experiment: Experiment, sd: StableDiffusion, condition: str, also: Also | None = None):
+    def __init__(
+        self, experiment: Experiment, sd: StableDiffusion, condition: str, also: Also | None = None, training: int = 0
+    ):
         self.experiment, self.sd, self.condition, self.also = experiment, sd, condition, also
-        self.scenes = list(toy.scenes(experiment.args.scenes, "test", condition, first=FIRST))
+        chosen = (training, "train", condition) if training else (experiment.args.scenes, "test", condition, FIRST)
+        self.scenes = list(toy.scenes(*chosen))
+        what = f"{condition}, training scenes" if training else condition
         self.hints = recording.stack([scene.hint(condition) for scene in self.scenes]).float() / 255
         self.truths = [Image.fromarray(scene.image) for scene in self.scenes]
         self.possible = measures.prompt_share(self.truths, self.scenes)
         self.judge = judging.Judge.load()
-        experiment.show(f"hint\n{condition}", [scene.hint(condition) for scene in self.scenes])
-        self.bounds = (f"{condition}: without control", f"{condition}: true pictures, through the autoencoder")
+        experiment.show(f"hint\n{what}", [scene.hint(condition) for scene in self.scenes])
+        self.first = self.truths not in experiment.bounded  # whose bounds are shown
+        experiment.bounded.append(self.truths)
+        self.bounds = (f"{what}: without control", f"{what}: true pictures, through the autoencoder")
         experiment.row(self.bounds[1], lambda: self.bound("true", self.through_vae))
         experiment.row(self.bounds[0], lambda: self.bound("plain", self.draw), shown="following")
 
@@ -227,12 +235,12 @@ class HeldOut:
         return [image for part in latents.split(BATCH) for image in self.sd.decode_latents(part)]
 
     def bound(self, which: str, draw: Callable[[], list[Image.Image]]) -> tuple[Figures, list[Image.Image]]:
-        """Measure one of the bounds, whose pictures are drawn, and shown, once for all conditions of the same scenes."""
-        drawn, key = self.experiment.drawn, (which, *(scene.index for scene in self.scenes))
+        """Measure one of the bounds, whose pictures are drawn once for all conditions of the same scenes."""
+        drawn, key = self.experiment.drawn, (which, *(f"{scene.split} {scene.index}" for scene in self.scenes))
         if key in drawn:
             return self.figures(drawn[key]), []
         figures, drawn[key] = self.measured(draw)
-        return figures, drawn[key]
+        return figures, drawn[key] if self.first else []
 
     def draw(self, net: ControlNet | None = None, **settings) -> list[Image.Image]:
         """Draw each scene from its caption, or what `settings` say, by its own seed; with its hint if there is a net."""

@@ -9,10 +9,13 @@ from harness import Experiment, Figures
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import training
-from minicn.trainer import recording, resuming
+from minicn import ControlNet, StableDiffusion, training
+from minicn.trainer import examples, recording, resuming
+from minicn.training import Recipe
 
 CHECKPOINT_EVERY = 250  # steps
+HINT_CHANNELS = (8, 16, 32, 64)  # of the toy's ControlNets, as in train_toy.py
+LR = 3e-4  # likewise
 DECAY = 0.3  # fraction of the steps, at the end, over which the learning rate falls to 0
 
 
@@ -63,3 +66,21 @@ def load(path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(resuming.as_own(state["optimizer"], optimizer, parameters))
     return state["step"], state["seconds"]
+
+
+def controlnet(
+    experiment: Experiment, name: str, sd: StableDiffusion, condition: str, recipe: Recipe, scenes: int
+) -> tuple[ControlNet, Figures]:
+    """Train a ControlNet on the toy's first training scenes, as train_toy.py does; return it, and what it took."""
+    data = examples.from_toy(sd, condition, scenes, recipe)
+    torch.manual_seed(recipe.seed)
+    net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+    sd.prepare(net.train())
+    training.apply_regime(sd.unet, net, recipe)
+
+    def loss(step: int) -> Tensor:
+        batch = data.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, sd.device)
+        return training.controlnet_loss(sd.unet, net, batch, sd.alphas_cumprod).mean()  # eq. (10)
+
+    figures = train(experiment, name, net, loss, steps=recipe.steps, lr=recipe.lr)
+    return net.eval(), figures

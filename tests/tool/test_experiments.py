@@ -147,9 +147,13 @@ def test_held_out_scenes_are_those_of_the_benchmark(tmp_path):
     images = sd.generate(captions, num_steps=1, guidance_scale=3.0, seed=0)
     value = measures.mean(measures.edge_f1, images, [scene.image for scene in held_out.scenes])
     assert floor["measure"] == pytest.approx(value, abs=1e-4)
+    experiment.drawn.clear()  # as in a resumed run
     harness.HeldOut(experiment, sd, "depth")
     assert len(experiment.drawn) == 2
-    assert [title.split("\n")[0] for title, _ in experiment.columns][-1] == "hint"
+    assert [title.split("\n")[0] for title, _ in experiment.columns][3:] == ["hint"]
+    training = harness.HeldOut(experiment, sd, "canny", training=1)
+    assert [(scene.split, scene.index) for scene in training.scenes] == [("train", 0)]
+    assert len(experiment.columns) == 7
     experiment.release()
 
 
@@ -204,6 +208,9 @@ def test_a_thing_that_is_moved_is_off_by_as_much():
     assert simple_objects.deviation(true, true, scene.outlines() & (scene.owners == 1), simple_objects.around(scene, 1)) <= 2
     assert simple_objects.deviation(np.zeros_like(true), true, outline, near) == 128
     assert not (near & (scene.owners == 1)).any()
+    half = true.copy()
+    half[: round(scene.things[0].y)] &= ~near[: round(scene.things[0].y)]  # no upper half: its top is far from any edge
+    assert simple_objects.deviation(half, true, outline, near) > 20
     figures = simple_objects.by_thing([Image.fromarray(scene.image)], [scene])
     assert figures["F1, ball"] == 1
     assert figures["at most 2 pixels off"] == 1
