@@ -92,7 +92,7 @@ def measure(experiment: Experiment) -> None:
     args = experiment.args
     model = PixelModel(Pictures(args.pictures, "train"), args.seed)
     held_out = Pictures(args.scenes, "test", FIRST)
-    took = train(experiment, "pixel model", model.unet, model.loss, steps=args.base_steps, lr=BASE_LR)
+    took, _ = train(experiment, "pixel model", model.unet, model.loss, steps=args.base_steps, lr=BASE_LR)
     model.unet.requires_grad_(False)
 
     def drawn(net: ControlNet | None, more: Figures) -> tuple[Figures, list[Image.Image]]:
@@ -107,7 +107,7 @@ def measure(experiment: Experiment) -> None:
         net.input_hint_block = ENCODERS[name]()
         fast.prepare(net)
         figures = first_gradients(copy.deepcopy(net), model, lr)
-        figures |= train(experiment, f"encoder {i}", net, lambda step: model.loss(step, net), steps=args.steps, lr=lr)
+        figures |= train(experiment, f"encoder {i}", net, lambda step: model.loss(step, net), steps=args.steps, lr=lr)[0]
         with torch.no_grad():  # how large the hint's features are, relative to those of noise that they are added to
             noise = net.input_blocks[0][0](torch.randn_like(held_out.hints))
             figures["hint / features"] = (net.hint_features(held_out.hints).norm() / noise.norm()).item()

@@ -14,6 +14,7 @@ from harness import Experiment, Figures, HeldOut
 
 from minicn import ControlNet, StableDiffusion
 from minicn.commands import cli
+from minicn.trainer import examples
 from minicn.training import Recipe
 
 SIZES = (16, 128, 1024, 8192)  # scenes
@@ -31,7 +32,8 @@ def measure(experiment: Experiment) -> None:
             net, took = None, {}
         else:
             recipe = Recipe(args.steps, lr=learning.LR, seed=args.seed)
-            net, took = learning.controlnet(experiment, f"{size} scenes", sd, "canny", recipe, size)
+            data = examples.from_toy(sd, "canny", size, recipe)
+            net, took, _ = learning.controlnet(experiment, f"{size} scenes", sd, data, recipe)
         rows = [row(scenes, name, net, took) for scenes, name in zip((held_out, training), names, strict=True)]
         overfitting = rows[1]["following"] - rows[0]["following"]
         experiment.row(f"difference, {size:,} scenes", lambda value=overfitting: ({"overfitting": value}, []))

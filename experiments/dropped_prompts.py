@@ -17,6 +17,7 @@ from minicn import StableDiffusion, toy
 from minicn.commands import cli
 from minicn.pipeline import DEFAULT_PROMPT
 from minicn.toy import judging
+from minicn.trainer import examples
 from minicn.training import Recipe
 
 SHARES = (0.0, 0.5, 1.0)  # of the prompts that are dropped
@@ -39,7 +40,8 @@ def measure(experiment: Experiment) -> None:
         net, took = None, {}
         if not names.keys() <= experiment.rows.keys():
             recipe = Recipe(args.steps, lr=learning.LR, seed=args.seed, drop_prompt=share)
-            net, took = learning.controlnet(experiment, f"{share:.0%} dropped", sd, "scribble", recipe, SCENES)
+            data = examples.from_toy(sd, "scribble", SCENES, recipe)
+            net, took, _ = learning.controlnet(experiment, f"{share:.0%} dropped", sd, data, recipe)
         for name, prompt in names.items():
             said = {} if prompt is None else {"prompt": [prompt] * len(held_out.scenes)}
             held_out.row(name, net, more=took, **said)

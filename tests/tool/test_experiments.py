@@ -1,5 +1,6 @@
 """The experiments: what they share, what they count, and what their page says of their results."""
 
+import dataclasses
 import json
 import re
 from argparse import Namespace
@@ -13,12 +14,13 @@ import part_of_the_steps
 import pen_editing
 import pytest
 import simple_objects
+import sudden_convergence
 import torch
 import wrong_readings
 from PIL import Image
 from torch import nn
 
-from minicn import ControlNet, StableDiffusion, toy
+from minicn import ControlNet, StableDiffusion, UNet, toy, training
 from minicn.toy import judging, measures
 from tests.tool import test_house
 
@@ -151,8 +153,8 @@ def test_held_out_scenes_are_those_of_the_benchmark(tmp_path):
     harness.HeldOut(experiment, sd, "depth")
     assert len(experiment.drawn) == 2
     assert [title.split("\n")[0] for title, _ in experiment.columns][3:] == ["hint"]
-    training = harness.HeldOut(experiment, sd, "canny", training=1)
-    assert [(scene.split, scene.index) for scene in training.scenes] == [("train", 0)]
+    trained_on = harness.HeldOut(experiment, sd, "canny", training=1)
+    assert [(scene.split, scene.index) for scene in trained_on.scenes] == [("train", 0)]
     assert len(experiment.columns) == 7
     experiment.release()
 
@@ -171,15 +173,19 @@ def test_a_resumed_training_ends_alike(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return (layer(torch.full((1, 3), 1.0 + step)) - step).square().mean()
 
-        took = learning.train(experiment, name, layer, loss, steps=6, lr=0.1)
+        look = learning.Look(lambda: layer.bias.sum().item(), every=2)
+        took, log = learning.train(experiment, name, layer, loss, steps=6, lr=0.1, look=look)
         assert took["parameters trained"] == 12
-        return layer.weight.detach()
+        return layer.weight.detach(), log
 
-    whole = trained("whole")
+    whole, log = trained("whole")
     with pytest.raises(KeyboardInterrupt):
         trained("parted", stop=6)
     assert torch.load(tmp_path / "checkpoints" / "parted.pt")["step"] == 4
-    assert torch.equal(trained("parted", stop=4), whole)
+    again, told = trained("parted", stop=4)
+    assert torch.equal(again, whole)
+    assert told == log
+    assert [row["step"] for row in log] == [2, 4, 6]
     with pytest.raises(ValueError, match=r"whole.pt is damaged: module.weight"):
         learning.train(experiment, "whole", nn.Linear(2, 3), lambda step: None, steps=6, lr=0.1)
 
@@ -300,6 +306,37 @@ def test_another_model_is_controlled_by_the_same_code():
         assert model.loss(1, net) == model.loss(1)
         found = another_model.first_gradients(net, model, 1e-3)
         assert found["gradient 1"] == 0 < found["gradient 2"]
+
+
+def test_the_step_of_following_lies_between_two_looks():
+    """Sudden convergence: interpolated between the scores before and after; what is never reached is not there."""
+    log = [{"step": 100 * i, "loss": 1.0, "score": score} for i, score in enumerate((0.0, 0.2, 0.2, 0.8), 1)]
+    found = sudden_convergence.begins(log)
+    assert found["step of 0.1"] == pytest.approx(150)
+    assert found["step of 0.5"] == pytest.approx(350)
+    assert found["steps from 0.1 to 0.5"] == pytest.approx(200)
+    assert sudden_convergence.begins(log[:3]) == {"last score": 0.2, "step of 0.1": pytest.approx(150)}
+    assert sudden_convergence.begins([]) == {"last score": 0.0}
+
+
+def test_the_runs_are_one_change_apart():
+    """Three seeds and PyTorch's start for each condition; six more of depth, each with one other setting."""
+    recipe = training.Recipe(10, lr=learning.LR, seed=5)
+    runs = {name: (condition, each) for name, condition, each, _ in sudden_convergence.runs(recipe)}
+    assert len(runs) == 14
+    assert {each.seed for name, (_, each) in runs.items() if "seed" in name} == {5, 6, 7}
+    for name, (_, each) in runs.items():
+        changed = [
+            field.name for field in dataclasses.fields(each) if getattr(each, field.name) != getattr(recipe, field.name)
+        ]
+        assert len(changed) == (0 if "start" in name or name.endswith("seed 5") else 1), name
+    net = ControlNet.from_unet(UNet(another_model.CFG))
+    torch.manual_seed(0)
+    sudden_convergence.pytorch_start(net)
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 16, 3)
+    assert torch.equal(net.input_hint_block[0].weight, first.weight)
+    assert not net.input_hint_block[-1].weight.any()
 
 
 # What the page says
