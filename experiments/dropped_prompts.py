@@ -15,7 +15,6 @@ from PIL import Image
 
 from minicn import StableDiffusion, toy
 from minicn.commands import cli
-from minicn.pipeline import DEFAULT_PROMPT
 from minicn.toy import judging
 from minicn.trainer import examples
 from minicn.training import Recipe
@@ -34,7 +33,7 @@ def measure(experiment: Experiment) -> None:
         return {"things right": sum(right) / len(right)}
 
     held_out = HeldOut(experiment, sd, "scribble", also=things)
-    prompts = {"caption": None, "default prompt": DEFAULT_PROMPT, "no prompt": ""}
+    prompts = {"caption": None, "default prompt": sd.defaults.default_prompt, "no prompt": ""}
     for share in SHARES:
         names = {f"{share:.0%} dropped, {name}": prompt for name, prompt in prompts.items()}
         net, took = None, {}

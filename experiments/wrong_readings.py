@@ -16,7 +16,6 @@ from harness import BATCH, FIRST, GUIDANCE, Experiment, Figures
 from PIL import Image
 
 from minicn import ControlNet, StableDiffusion, toy
-from minicn.pipeline import DEFAULT_PROMPT
 from minicn.toy import judging, rendering
 from minicn.trainer import recording
 
@@ -102,7 +101,7 @@ def circles(reader: Reader, alone: list[toy.Scene]) -> None:
     say_ball, say_ring = ([scene.caption for scene in scenes] for scenes in (balls, rings))
     reader.experiment.show("2. hint: a circle", [scene.hint("scribble") for scene in balls])
     reader.row("2. no prompt", count, balls, [""] * len(balls), "scribble")
-    reader.row("2. default prompt", count, balls, [DEFAULT_PROMPT] * len(balls), "scribble")
+    reader.row("2. default prompt", count, balls, [reader.sd.defaults.default_prompt] * len(balls), "scribble")
     reader.row('2. prompt "ball"', count, balls, say_ball, "scribble")
     reader.row('2. prompt "ring"', count, balls, say_ring, "scribble")
     reader.row('2. prompt "ring", the hole drawn', count, rings, say_ring, "scribble")

@@ -260,7 +260,7 @@ class Counted:
     """A reader that draws nothing: it keeps what would be drawn, and what counts it."""
 
     def __init__(self):
-        self.judge, self.experiment, self.rows = judging.Judge.load(), self, {}
+        self.sd, self.judge, self.experiment, self.rows = StableDiffusion.load("toy"), judging.Judge.load(), self, {}
 
     def show(self, title, pictures):
         pass
