@@ -122,9 +122,8 @@ def _without_metadata(file: IO[bytes]) -> io.BytesIO | None:
         length, kind = struct.unpack(">I4s", head)
         body = file.read(length + 4)  # and the checksum
         whole = body[-4:] == struct.pack(">I", zlib.crc32(kind + body[:-4]))
-        if (
-            not kind[0] & 32 or kind == b"tRNS" or (kind == b"eXIf" and whole)
-        ):  # 32: a small letter, for what may be left out
+        needed = not kind[0] & 32 or kind == b"tRNS"  # a small first letter is that of a part that may be left out
+        if needed or (kind == b"eXIf" and whole):
             bare.write(head + body)
     bare.seek(0)
     return bare
