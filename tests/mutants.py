@@ -1391,6 +1391,12 @@ BUGS = {
     ],
     "minicn/conditions/images.py": [
         (
+            "a picture may lack its colours",
+            'if image.mode == "P" and image.palette is None:',
+            "if False:",
+            "test_a_palette_that_is_missing_is_said",
+        ),
+        (
             "an unpacked TIFF has any number of pixels",
             'packed = image.info.get("compression") != "raw"',
             "packed = True",

@@ -23,7 +23,6 @@ from minicn.inputs import TRANSPARENT, hint_tensor, opacity, to_rgb
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")  # to read: none is a program, as EPS is
 PIXELS_A_BYTE = 8 * 1032  # of black and white, as deflate packs them: the most that a PNG, GIF, JPEG, BMP or PPM can hold
 UNBOUNDED = ("TIFF", "WEBP", "AVIF")  # their coders pack an even picture of any size into next to nothing
-PNG_NEEDS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # parts of a PNG that are no metadata
 LARGEST = {"WEBP": 16383, "JPEG": 65500, "GIF": 65535, "AVIF": 65536}  # sides, pixels
 VERSIONS = ("v1.1", "v1.0")  # of ControlNet's annotators
 
@@ -102,6 +101,8 @@ def _decode(file: IO[bytes], size: int) -> Image.Image:
     image.load_end = load_end
     with _unprinted() if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("its colours are missing")
     with contextlib.suppress(Exception):  # it turns the pixels first, then changes the metadata
         ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -120,7 +121,9 @@ def _without_metadata(file: IO[bytes]) -> io.BytesIO | None:
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         body = file.read(length + 4)  # and the checksum
-        if kind in PNG_NEEDS or (kind == b"eXIf" and body[-4:] == struct.pack(">I", zlib.crc32(kind + body[:-4]))):
+        whole = body[-4:] == struct.pack(">I", zlib.crc32(kind + body[:-4]))
+        needed = not kind[0] & 32 or kind == b"tRNS"  # a small first letter is that of a part that may be left out
+        if needed or (kind == b"eXIf" and whole):
             bare.write(head + body)
     bare.seek(0)
     return bare

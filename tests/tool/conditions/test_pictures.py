@@ -130,7 +130,7 @@ PARTS = {
     "EXIF with a wrong checksum": (chunk(b"eXIf", ifd(6), 1), False),
     "numbers that are cut": (chunk(b"gAMA", b"") + chunk(b"cHRM", b"a") + chunk(b"pHYs", b"") + TURNED, True),
     "an animation that is cut": (chunk(b"acTL", b"\0") + chunk(b"fcTL", b"\0") + TURNED, True),
-    "a part of no name": (chunk(b"\x1b[3a", b"") + TURNED, True),
+    "a part of no name": (chunk(b"x\x1b[3", b"") + TURNED, True),
 }
 
 
@@ -143,6 +143,19 @@ def test_broken_parts_of_a_png_do_not_stop_whole_pixels(tmp_path, part):
     expected = NOISE.transpose(Image.Transpose.ROTATE_270) if turned else NOISE
     assert np.array_equal(load_image(tmp_path / "a.png"), expected)
     (tmp_path / "a.png").write_bytes(whole[:33] + content + whole[33:-30])  # here the pixels are cut, too
+    with pytest.raises(ValueError, match=r"a\.png is not a readable image: "):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", [b"QLTE", b"pLTE", b"PL\x14E"])
+def test_a_palette_that_is_missing_is_said(tmp_path, name):
+    """Its name is damaged, in a letter that says whether it may be left out, or another."""
+    NOISE.convert("P").save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    i = content.index(b"PLTE")
+    length = struct.unpack(">I", content[i - 4 : i])[0]
+    part = chunk(name, content[i + 4 : i + 4 + length])
+    (tmp_path / "a.png").write_bytes(content[: i - 4] + part + content[i + 8 + length :])
     with pytest.raises(ValueError, match=r"a\.png is not a readable image: "):
         load_image(tmp_path / "a.png")
 
