@@ -1,6 +1,6 @@
 """Train a ControlNet on the toy Stable Diffusion that ships with minicn, and watch it begin to follow.
 
-python train_toy.py --steps 5000             a ControlNet for Canny edges
+python train_toy.py --steps 10000            a ControlNet for Canny edges
 python train_toy.py --base --steps 6000      the toy Stable Diffusion itself, from scratch
 """
 

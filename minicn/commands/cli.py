@@ -182,12 +182,12 @@ class Aside:
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             self.stream.flush()
 
     def __getattr__(self, name: str):

@@ -49,8 +49,12 @@ def train(args: argparse.Namespace) -> None:
     run = recording.Run(args.output, dataclasses.asdict(recipe) | of | {"resolution": size}, args.keep)
     if first:
         run.prepare(args.resume)
-    with distributed.first_alone():  # it encodes, the others read
-        encoded = examples.from_pairs(sd, learned, size, keep=run.encoded, of=of)
+    try:
+        with distributed.first_alone():  # it encodes, the others read
+            encoded = examples.from_pairs(sd, learned, size, keep=run.encoded, of=of)
+    except BaseException:
+        run.release(unused=True)
+        raise
     loop.train(
         sd,
         net,

@@ -87,7 +87,8 @@ def _decoded(path: str | Path) -> Image.Image:
 def _decode(file: IO[bytes], size: int) -> Image.Image:
     """Decode a file of so many bytes, if it has not too many pixels for them."""
     image = Image.open(file, formats=FORMATS)
-    held = math.inf if image.format in UNBOUNDED else max(2**22, PIXELS_A_BYTE * size)
+    packed = image.info.get("compression") != "raw"  # a TIFF may say so, of which Pillow would make up what is not there
+    held = math.inf if packed and image.format in UNBOUNDED else max(2**22, (PIXELS_A_BYTE if packed else 8) * size)
     limit = min(Image.MAX_IMAGE_PIXELS or math.inf, held)
     if image.width * image.height > limit:
         came = f"{image.width}x{image.height} pixels in {size} bytes"

@@ -171,6 +171,7 @@ class Run:
         self.kept: list[int] = []  # steps of the older checkpoints
         self._saved: int | None = None  # step of the newest, unless it is damaged
         self._lock: IO | None = None
+        self._made: list[Path] = []  # what `prepare` found missing
 
     @property
     def checkpoint(self) -> Path:
@@ -190,8 +191,8 @@ class Run:
         Raises ValueError if it holds another run, or something in a result's place, or is in use.
         """
         found = check_folder(self.folder, resume, self.RESULTS, self.REPORTS)
+        self._made = [path for path in (self.folder / resuming.LOCK, self.folder) if not os.path.lexists(path)]
         self.folder.mkdir(parents=True, exist_ok=True)
-        made = not os.path.lexists(self.folder / resuming.LOCK)
         self._lock = resuming.lock(self.folder)
         try:
             for name in self.REPORTS:
@@ -200,15 +201,19 @@ class Run:
             if found:
                 self.load()
         except BaseException:
-            if made:
-                (self.folder / resuming.LOCK).unlink(missing_ok=True)
-            self.release()
+            self.release(unused=True)
             raise
 
-    def release(self) -> None:
-        """Let other processes use the folder."""
-        if self._lock is not None:
-            self._lock.close()
+    def release(self, unused: bool = False) -> None:
+        """Let other processes use the folder; `unused` by the run, which was refused, it is left as it was found."""
+        if self._lock is None:
+            return
+        if unused:
+            with contextlib.suppress(OSError):  # a folder that holds something stays
+                for path in self._made:
+                    path.rmdir() if path == self.folder else path.unlink(missing_ok=True)
+        self._lock.close()
+        self._lock = None
 
     def save(self, step: int, state: dict) -> None:
         """Write the checkpoint; keep as many older ones as asked for. `state` is what resuming needs."""

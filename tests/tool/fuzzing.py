@@ -1,6 +1,6 @@
 """Damaged files of every kind that minicn reads: bits flipped, cut, spliced, numbers exchanged.
 
-python tests/tool/fuzzing.py                   10,000 of each kind, about an hour on one core
+python tests/tool/fuzzing.py                   10,000 of each kind, about an hour and a half on one core
 python tests/tool/fuzzing.py --count 500 --only npy png
 
 Each file is given to what reads such files, in this process. It may be read, or refused by ValueError or OSError (of which
@@ -10,6 +10,7 @@ crashes the interpreter is named, for every kind runs in a process of its own. T
 
 import argparse
 import functools
+import gzip
 import io
 import json
 import multiprocessing
@@ -35,7 +36,7 @@ import torch
 from PIL import Image
 
 from minicn import toy
-from minicn.checkpoints import converting, files
+from minicn.checkpoints import configs, converting, files, hub, models
 from minicn.conditions import making
 from minicn.controlnet import ControlNet, ControlNetConfig
 from minicn.pipeline import StableDiffusion
@@ -142,6 +143,49 @@ def picture(suffix: str) -> Kind:
     options = {} if suffix in ("bmp", "ppm", "gif") else {"exif": exif}
     seeds = [saved(lambda file, m=m: image.convert(m).save(file, suffix, **options)) for m in modes]
     return Kind(f"a.{suffix}", seeds, lambda path: making.make("canny", path))
+
+
+def map_of(name: str) -> Kind:
+    """A map of numbers: labels, or depth of 16 bits."""
+    values = np.random.default_rng(0).integers(0, 150, (32, 48))
+    made = [values.astype("u1"), (values * 400 if name == "depth" else values).astype("u2")]
+    pictures = [saved(lambda file, a=a, s=s: Image.fromarray(a).save(file, s)) for a in made for s in ("png", "tiff")]
+    return Kind("map.png", pictures, functools.partial(making.make, "depth" if name == "depth" else "ade20k"))
+
+
+def part(name: str) -> Kind:
+    """The configuration of a part of the toy, beside its weights, or of its noise schedule."""
+    file = "scheduler_config.json" if name == "scheduler" else "config.json"
+
+    def read(path: Path) -> None:
+        if name == "scheduler":
+            write(path.parent / name / file, path.read_bytes())
+            configs.check_scheduler(path.parent)
+        else:
+            models.load_model(name, folder_with(path, hub.TOY_BASE / name))
+
+    return Kind(file, [(hub.TOY_BASE / name / file).read_bytes()], read)
+
+
+def shards() -> Kind:
+    """The index of a model's shards, beside them."""
+    folder = Path(tempfile.mkdtemp())
+    model()[1].save(folder / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(files.open_weights(folder / "a.safetensors").shapes, "a.safetensors")}
+
+    def read(path: Path) -> None:
+        folder_with(path, folder)
+        for line in converting.describe(path):
+            assert line.isprintable(), line
+
+    return Kind("net.safetensors.index.json", [json.dumps(index).encode()], read)
+
+
+def merges() -> Kind:
+    """OpenAI's packed list of merges."""
+    text = "\n".join(["#version", *(f"{a} {b}" for a in "abcdefgh" for b in "ijklmnop")])
+    packed = [gzip.compress(text.encode(), level) for level in (1, 9)]
+    return Kind("merges.txt.gz", packed, lambda path: Tokenizer.load(path).encode("abi, " + "x" * 500))
 
 
 def config() -> Kind:
@@ -260,7 +304,11 @@ KINDS: dict[str, Callable[[], Kind]] = {
     "pth": lambda: weights("pth"),
     "npy": npy,
     **{suffix: functools.partial(picture, suffix) for suffix in PICTURES},
+    **{name: functools.partial(map_of, name) for name in ("labels", "depth")},
     "config": config,
+    **{name: functools.partial(part, name) for name in ("unet", "vae", "text_encoder", "scheduler")},
+    "shards": shards,
+    "gz": merges,
     **{name: functools.partial(tokenizer, name) for name in ("tokenizer.json", "vocab.json", "merges.txt")},
     **{name: functools.partial(table, name) for name in ("prompt.json", "metadata.jsonl")},
     **{name: functools.partial(key_points, name) for name in ("openpose", "openpifpaf")},

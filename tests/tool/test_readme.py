@@ -150,9 +150,8 @@ def test_what_the_toy_knows_is_named():
 
 
 def test_the_headline_is_drawn_by_its_command():
-    """The settings that docs/sheet.png holds are those of the command that is said to have made it, which stands on top."""
+    """The settings that docs/sheet.png holds are those of the command that is said to have made it."""
     [line] = re.findall(r"Made by `python train_toy\.py (.*?)`", README)
-    assert commands(README.split("\n## ")[0], "python train_toy.py") == [line]
     args = train_toy.parse_args(shlex.split(line))
     settings = train_toy.settings(args, StableDiffusion.load(args.model))
     sheet = Image.open(ROOT / "docs" / "sheet.png")

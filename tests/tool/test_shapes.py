@@ -27,9 +27,10 @@ from torch import Tensor
 import minicn
 from minicn import conditions, toy, training
 from minicn.commands import check_device
+from minicn.commands.condition import look
 from minicn.conditions import drawing, making, networks, palettes
 from minicn.fast import Conv3x3
-from minicn.toy import judging, measures, sketching
+from minicn.toy import captioning, judging, measures, sketching
 from minicn.trainer import data, examples, pretraining, recording
 
 PACKAGE = Path(minicn.__file__).parent
@@ -290,6 +291,7 @@ def trainings(sd: minicn.StableDiffusion, folder: Path):
 
 def judging_pictures():
     judging.Judge().eval().see(toy.scene(0).image)
+    captioning.toy_caption(Image.fromarray(toy.scene(1, "test").image))
     check_device.picture(torch.device("cpu"), torch.float32, 1)
 
 
@@ -308,7 +310,7 @@ def hints():
     scene = next(scene for scene in map(toy.scene, range(99)) if len(scene.keypoints))
     sketching.sketch(scene.things, scene.outlines(), scene.owners, seed=0)  # of a person: with stick figures
     for name in conditions.NAMES:
-        conditions.doubts(name, scene.hint(name))
+        look(name, scene.hint(name), "this hint")
         measures.measure(name)(scene.image, scene)
     picture = scene.image[:100]
     conditions.canny(picture[..., 0])

@@ -177,10 +177,10 @@ def test_a_long_word_costs_its_length(tokenizer):
 @pytest.mark.parametrize("again", ["amp;", "#38;", "&#x026;AMP;", "amp;#038;"])
 def test_entities_within_entities_cost_their_length(tokenizer, again):
     """ftfy resolves one a pass, and makes as many passes: for a prompt of a megabyte, hours."""
-    start = time.process_time()
-    assert tokenizer.encode("&" + again * 100_000 + "lt; low")[-1] == tokenizer.vocab["low</w>"]
-    assert time.process_time() - start < 2
     assert clean("&amp;amp;lt;a") == clean("&" + 50 * "amp;" + "lt;a") == "<a"
+    start = time.process_time()
+    assert tokenizer.encode("&" + again * 10_000 + "lt; low")[-1] == tokenizer.vocab["low</w>"]
+    assert time.process_time() - start < 0.5
 
 
 def test_odd_prompts_are_prompts(tokenizer):

@@ -249,7 +249,7 @@ def test_help_shows_every_default(capsys):
             assert stopped.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "(default: 10000)" in text
-    assert "(default: 9.0)" in text
+    assert "(default: the model's own" in text
     assert "1 to 1000" in text
 
 

@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import struct
 import subprocess
 import sys
 import warnings
@@ -59,12 +60,23 @@ def test_memory_that_ends_is_one_line_with_a_remedy(refused, work, words):
     assert line.endswith(": take less than --num-images 1 and --height 80000, and smaller pictures")
 
 
-def test_what_a_file_claims_is_no_memory_that_ends(tmp_path, refused):
+CLAIMS = ["(2**62,)", "(4611686018427387904,)", "(10**9, 10**9)", "(1000000, 1000000)", "(-3, 4)", "(1e3, 3)", "('a',)"]
+
+
+@pytest.mark.parametrize("shape", [*CLAIMS, "(" * 300 + ")" * 300])
+def test_what_a_file_claims_is_no_memory_that_ends(tmp_path, refused, shape):
     """An array of 2**62 numbers in 200 bytes: the file is at fault, and named."""
-    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904,), }".ljust(117) + b"\n"
-    (tmp_path / "d.npy").write_bytes(b"\x93NUMPY\x01\0\x76\0" + header + bytes(72))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': %s, }\n" % shape.encode()
+    (tmp_path / "d.npy").write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header + bytes(72))
     line = refused(__main__.main, ["condition", "depth", str(tmp_path / "d.npy"), str(tmp_path / "hint.png")])
     assert line.startswith(f"error: {tmp_path / 'd.npy'} is not a readable .npy file: ")
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "1000001", "1e3", "nan"])
+def test_no_more_data_are_made_than_a_folder_holds(tmp_path, refused, count):
+    line = refused(__main__.main, ["make-data", str(tmp_path / "data"), "--count", count])
+    assert line.startswith("error: argument --count: expected an integer from 1 to 1000000, got ")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_mistake_of_ours_is_no_users(refused):

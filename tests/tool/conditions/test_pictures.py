@@ -244,6 +244,19 @@ def test_a_picture_has_no_more_pixels_than_its_bytes_can_hold(tmp_path, form, al
             open_image(path)
 
 
+def test_an_unpacked_tiff_has_a_bit_for_each_pixel(tmp_path):
+    """One of 1,000 bytes with a million rows, whose others Pillow would make up, from a picture that is what it says."""
+    whole = tiff(1)
+    height = struct.pack("<HHII", 0x101, 4, 1, NOISE.height)
+    assert whole.count(height) == 1
+    rows = struct.pack("<HHII", 0x101, 4, 1, 10**6)
+    for name, content in (("whole.tiff", whole), ("claims.tiff", whole.replace(height, rows))):
+        (tmp_path / name).write_bytes(content)
+    assert open_image(tmp_path / "whole.tiff").size == NOISE.size
+    with pytest.raises(ValueError, match=r"40x1000000 pixels in \d+ bytes exceed the limit of \d+: downscale it"):
+        open_image(tmp_path / "claims.tiff")
+
+
 def test_libtiff_writes_nothing_to_the_terminal(tmp_path, capfd):
     """A palette without colours: libtiff says so by itself, in a second line."""
     entries = [(0x106, 3, 1, struct.pack("<HH", 3, 0)), (0x103, 3, 1, struct.pack("<HH", 5, 0))]

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -526,13 +527,18 @@ def test_hints_of_a_folder_are_read_as_they_are(sd, folder):
         (["--held-out", "6"], "--held-out is 6, but the data are 6 pairs: leave some to learn from"),
         (["--connect", "left"], "'left'"),
         (["--output", "{tmp}/file/run"], "cannot be made"),
+        (["--data", "{tmp}/cut", "--held-out", "0"], "0.png is not a readable image"),
     ],
 )
 def test_minicn_train_refuses_in_one_line(folder, tmp_path, refused, more, words):
+    """Nor does it leave a folder."""
     (tmp_path / "file").write_text("")
     (tmp_path / "vanished").mkdir()
     (tmp_path / "vanished" / "prompt.json").write_text('{"source": "a.png", "target": "b.png", "prompt": "x"}')
+    cut = shutil.copytree(folder, tmp_path / "cut") / "target" / "0.png"
+    cut.write_bytes(cut.read_bytes()[:200])
     assert words in refused(command, folder, tmp_path / "out", *(argument.format(tmp=tmp_path) for argument in more))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_that_vanishes_during_training_is_named(few, folder, tmp_path):

@@ -1,0 +1,121 @@
+"""How the experiments train: any module, by a loss that is a function of the step, with checkpoints for --resume."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from harness import Experiment, Figures
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minicn import ControlNet, StableDiffusion, training
+from minicn.trainer import recording, resuming
+from minicn.training import Examples, Recipe
+
+CHECKPOINT_EVERY = 250  # steps
+HINT_CHANNELS = (8, 16, 32, 64)  # of the toy's ControlNets, as in train_toy.py
+LR = 3e-4  # likewise
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a training is watched: scored every so many steps (a divisor of CHECKPOINT_EVERY), until a score is reached."""
+
+    score: Callable[[], float]
+    every: int = 50
+    until: float = math.inf
+
+
+def train(
+    experiment: Experiment,
+    name: str,
+    module: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    decay: float = 0.3,
+    look: Look | None = None,
+) -> tuple[Figures, list[dict]]:
+    """Train the parameters of a module that require gradients; return what it took, and a log.
+
+    name     of the checkpoint in the experiment's folder, from which a resumed run goes on
+    loss_of  the loss of a step, from 1: a function of the step and the module alone, so that a resumed run ends alike
+    decay    fraction of the steps, at the end, over which the learning rate falls to 0
+    look     scores the module now and then, for the log: {"step": ..., "loss": ..., "score": ...}
+    Raises ValueError, naming the step, if the loss is not finite, or a checkpoint is not what such a run writes.
+    """
+    path = experiment.folder / "checkpoints" / f"{name}.pt"
+    path.parent.mkdir(exist_ok=True)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01, fused=True)
+    done, earlier, log = load(path, module, optimizer) if path.is_file() else (0, 0.0, [])
+    began, losses = time.process_time(), []
+    for step in tqdm(range(done + 1, steps + 1), desc=name, unit="step", initial=done, total=steps, leave=False):
+        if look and log and log[-1]["score"] >= look.until:
+            break
+        loss = loss_of(step)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"the loss is {losses[-1]} at step {step} of {name}: this should not happen, please report it")
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = lr * training.learning_rate_factor(step, steps, decay)
+        optimizer.step()
+        optimizer.zero_grad()
+        if look and step % look.every == 0:
+            log.append({"step": step, "loss": statistics.fmean(losses), "score": look.score()})
+            losses.clear()
+        if step % CHECKPOINT_EVERY == 0 or step == steps or (look and log and log[-1]["score"] >= look.until):
+            seconds = earlier + time.process_time() - began
+            state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+            recording.save_whole({**state, "log": log}, path)
+    seconds = earlier + time.process_time() - began
+    return {"parameters trained": sum(p.numel() for p in parameters), "minutes of training": seconds / 60}, log
+
+
+def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float, list[dict]]:
+    """Load a checkpoint, compared with what is to be loaded; return the steps done, their seconds, their log."""
+    state = resuming.read(path)
+    parameters = dict(enumerate(optimizer.param_groups[0]["params"]))
+    resuming.compare(state.get("module"), module.state_dict(), path, "module")
+    resuming.compare_optimizer(state.get("optimizer"), parameters, 1, path)
+    rows = state["log"] if isinstance(state.get("log"), list) else [None]
+    told = {"step": 0, "seconds": 0.0, "log": [{"step": 0, "loss": 0.0, "score": 0.0}] * len(rows)}
+    resuming.compare({key: state.get(key) for key in told}, told, path, "progress")
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(resuming.as_own(state["optimizer"], optimizer, parameters))
+    return state["step"], state["seconds"], state["log"]
+
+
+def controlnet(
+    experiment: Experiment,
+    name: str,
+    sd: StableDiffusion,
+    data: Examples,
+    recipe: Recipe,
+    change: Callable[[ControlNet], None] = lambda net: None,
+    score: Callable[[ControlNet], float] | None = None,
+    **look,
+) -> tuple[ControlNet, Figures, list[dict]]:
+    """Train a ControlNet as train_toy.py does; return it, what it took, and its log.
+
+    change  what a fresh ControlNet is given besides
+    score   scores it, for the log, as `look` says
+    """
+    torch.manual_seed(recipe.seed)
+    net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+    change(net)
+    sd.prepare(net.train())
+    training.apply_regime(sd.unet, net, recipe)
+
+    def loss(step: int) -> Tensor:
+        batch = data.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, sd.device)
+        return training.controlnet_loss(sd.unet, net, batch, sd.alphas_cumprod).mean()  # eq. (10)
+
+    seen = Look(lambda: score(net), **look) if score else None
+    took = train(experiment, name, net, loss, steps=recipe.steps, lr=recipe.lr, decay=recipe.lr_decay, look=seen)
+    return net.eval(), *took
