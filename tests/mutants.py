@@ -1564,6 +1564,8 @@ BUGS = {
             'REMEDY.sub(r"(\\1)", str(message))',
             "str(message)",
             "test_the_command_line_names_options",
+        ),
+        (
             "what a file claims is taken for memory that ends",
             "    if isinstance(error.__cause__, ValueError):",
             "    if False:",

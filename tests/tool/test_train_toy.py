@@ -4,6 +4,7 @@ import csv
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,13 @@ def test_a_short_run_goes_on_to_more_steps(tmp_path, capsys):
     train(tmp_path, "--steps", "5", *wide, "--resume")
     assert "holds no checkpoint" not in capsys.readouterr().err
     assert [row["step"] for row in log(tmp_path)] == ["0", "2", "4", "5"]
+
+
+def test_every_wait_has_its_bar(tmp_path, capsys):
+    """Before training, too, when the floor is drawn."""
+    train(tmp_path, "--steps", "1")
+    bars = dict.fromkeys(re.findall(r"(?m)(?:^|\r)([a-z ]+): +\d+%", capsys.readouterr().err))
+    assert list(bars) == ["drawing train scenes", "encoding", "drawing test scenes", "denoising", "training"]
 
 
 def test_before_training_the_score_is_zero(run):
