@@ -239,9 +239,10 @@ def _said(args: argparse.Namespace, run: bool) -> Iterator[None]:
         print(f"error: {spoken(line or error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        kept = run and (args.output / "checkpoint.pt").is_file()
-        ending = (
-            f"; {args.output} holds a checkpoint, --resume continues" if kept else "; nothing to resume yet" if run else ""
-        )
+        ending = ""
+        if run:
+            kept = (args.output / "checkpoint.pt").is_file()
+            held = "a checkpoint, --resume continues" if kept else "no checkpoint yet: begin again"
+            ending = f"; {args.output} holds {held}"
         print(f"stopped {stop}".rstrip() + ending, file=sys.stderr)
         sys.exit(130)

@@ -166,7 +166,7 @@ def sized(args: argparse.Namespace, i: int, hint: Image.Image | None, side: int)
         name = args.hint_from[i % len(args.hint_from)]
         pixels, did = making.make(name, path, resolution=size or side)
         print(f"hint from {path}: {pixels.shape[1]}x{pixels.shape[0]} pixels, {did}")
-        look(name, pixels, f"the hint from {path}")
+        look(name, pixels, f"the hint from {path}", remedy="; draw dark on white" if name == "scribble" else "")
         return Image.fromarray(pixels)
     hint = conditions.fit(hint, size, hint=True) if size else hint
     if any(low < high for low, high in hint.getextrema()):  # of a single colour: that is said while drawing

@@ -349,6 +349,8 @@ class Run:
         diffusers = self.folder / "diffusers"
         more = f", and for diffusers {diffusers}" if diffusers.is_dir() else ""
         print(f"Weights: {self.folder / 'controlnet.safetensors'}{more}")
+        if (self.folder / "sheet.png").is_file():
+            print(f"Pictures: {self.folder / 'sheet.png'}")
 
     def verdict(self) -> str:
         """Say in a sentence at which step the ControlNet began to follow."""

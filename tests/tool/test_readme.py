@@ -53,8 +53,8 @@ def test_snippets_run(snippet, tmp_path, monkeypatch):
     exec(compile(snippet, "README.md", "exec"), names)
     for name, shape in re.findall(r"(?m)^(\w+) = .*# (\(\d[\d, ]*\))", snippet):
         assert str(tuple(names[name].shape)) == shape
-    if "out.png" in snippet:
-        assert Image.open(tmp_path / "out.png").size == (128, 128)
+    if "python.png" in snippet:
+        assert Image.open(tmp_path / "python.png").size == (128, 128)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -94,7 +94,7 @@ def test_a_finished_run_can_be_resumed_and_stays_as_it_is(run, capsys):
     train(run, "--steps", "4", "--resume")
     out = capsys.readouterr().out
     assert "(Score: 0 is as without a hint" in out and "from 0.3 it follows.)" in out  # noqa: PT018
-    assert "Weights: " in out
+    assert "Weights: " in out and f"Pictures: {run / 'sheet.png'}" in out  # noqa: PT018
     after = files.read(run / "controlnet.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -34,6 +34,18 @@ def raising(error):
     return work
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_stopped_run_says_how_it_goes_on(kept, tmp_path, capsys):
+    """--resume where there is a checkpoint, else the same command again."""
+    if kept:
+        (tmp_path / "checkpoint.pt").touch()
+    with pytest.raises(SystemExit) as stopped, cli.polite_errors(argparse.Namespace(output=tmp_path), run=True):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    words = "a checkpoint, --resume continues" if kept else "no checkpoint yet: begin again"
+    assert capsys.readouterr().err == f"stopped; {tmp_path} holds {words}\n"
+
+
 @pytest.mark.parametrize(
     ("work", "words"),
     [
