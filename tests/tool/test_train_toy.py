@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import train_toy
+from benchmarks import toy as benchmark
 from minicn import ControlNet, StableDiffusion, __main__, toy, training
 from minicn.checkpoints import files
 from minicn.trainer import examples, loop, pretraining, recording
@@ -114,6 +115,15 @@ def test_every_wait_has_its_bar(tmp_path, capsys):
     train(tmp_path, "--steps", "1")
     bars = dict.fromkeys(re.findall(r"(?m)(?:^|\r)([a-z ]+): +\d+%", capsys.readouterr().err))
     assert list(bars) == ["drawing train scenes", "encoding", "drawing test scenes", "denoising", "training"]
+
+
+def test_the_benchmark_shows_its_progress(capsys):
+    """benchmarks/toy.py draws for minutes, with a bar, and what it draws is `generate`'s."""
+    sd, [scene] = StableDiffusion.load("toy"), toy.scenes(1, "test", first=1000)
+    [drawn] = benchmark.draw(sd, [scene], 3.0)
+    assert "drawing pictures: 100%" in capsys.readouterr().err
+    [expected] = sd.generate(scene.caption, guidance_scale=3.0, seed=0)
+    assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
 
 def test_before_training_the_score_is_zero(run):
