@@ -25,9 +25,8 @@ from minicn.controlnet import init_he
 from minicn.toy import measures
 from minicn.trainer.recording import stack
 
-SIDE, WIDTH = 32, 16
-PLAIN = "without control"
-CFG = UNetConfig(3, 3, WIDTH, num_heads=1, context_dim=8, norm_num_groups=4)
+SIDE, WIDTH, PLAIN = 32, 16, "without control"
+CFG = UNetConfig(3, 3, WIDTH, (1, 2, 4), num_res_blocks=1, num_heads=1, context_dim=8, norm_num_groups=4)
 BATCH, BASE_LR, LR, LOW_LR = 4, 1e-3, 1e-3, 1e-5  # LOW_LR is the published training code's
 
 
@@ -43,6 +42,7 @@ ENCODERS = {  # each from a hint (B, 3, 32, 32) to features (B, WIDTH, 32, 32)
     "three convolutions (He's start), a zero convolution": lambda: nn.Sequential(*init_he(convolutions()), zero_conv(WIDTH)),
     "three convolutions (PyTorch's start), a zero convolution": lambda: nn.Sequential(*convolutions(), zero_conv(WIDTH)),
     "a zero convolution": lambda: zero_conv(3, WIDTH),
+    "a zero convolution, dim hints": lambda: nn.Sequential(nn.AvgPool2d(1, divisor_override=10), zero_conv(3, WIDTH)),
     "a convolution that is not zero": lambda: nn.Conv2d(3, WIDTH, 1),
 }
 WAYS = [(name, LR) for name in ENCODERS] + [(name, LOW_LR) for name in list(ENCODERS)[:3:2]]

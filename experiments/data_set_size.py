@@ -14,7 +14,6 @@ from harness import Experiment, Figures, HeldOut
 
 from minicn import ControlNet, StableDiffusion
 from minicn.commands import cli
-from minicn.trainer import examples
 from minicn.training import Recipe
 
 SIZES = (16, 128, 1024, 8192)  # scenes
@@ -26,13 +25,14 @@ def measure(experiment: Experiment) -> None:
         HeldOut(experiment, sd, "canny"),
         HeldOut(experiment, sd, "canny", training=min(*SIZES, args.scenes)),
     )
-    for size in SIZES:
+    sizes = [size for size in SIZES if size <= args.largest]
+    for size in sizes:
         names = [f"{scenes}, trained on {size:,} scenes" for scenes in ("held-out", "training scenes")]
         if set(names) <= experiment.rows.keys():  # all is measured
             net, took = None, {}
         else:
             recipe = Recipe(args.steps, lr=learning.LR, seed=args.seed)
-            data = examples.from_toy(sd, "canny", size, recipe)
+            data = learning.first(learning.scenes(sd, "canny", sizes[-1], keep=not args.quick), size)
             net, took, _ = learning.controlnet(experiment, f"{size} scenes", sd, data, recipe)
         rows = [row(scenes, name, net, took) for scenes, name in zip((held_out, training), names, strict=True)]
         overfitting = rows[1]["following"] - rows[0]["following"]
@@ -44,11 +44,14 @@ def row(scenes: HeldOut, name: str, net: ControlNet | None, took: Figures) -> Fi
 
 
 def options(add) -> None:
+    add("--largest", type=cli.whole(SIZES[0]), default=SIZES[-1], help="scenes of the largest data set")
     add("--steps", type=cli.whole(1), default=2000, help="steps of each ControlNet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return harness.main(__file__, __doc__, measure, argv, scenes=50, options=options, quick={"steps": 2})
+    return harness.main(
+        __file__, __doc__, measure, argv, scenes=50, options=options, quick={"steps": 2, "largest": SIZES[0]}
+    )
 
 
 if __name__ == "__main__":

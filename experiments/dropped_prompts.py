@@ -16,11 +16,9 @@ from PIL import Image
 from minicn import StableDiffusion, toy
 from minicn.commands import cli
 from minicn.toy import judging
-from minicn.trainer import examples
 from minicn.training import Recipe
 
 SHARES = (0.0, 0.5, 1.0)  # of the prompts that are dropped
-SCENES = 4096
 
 
 def measure(experiment: Experiment) -> None:
@@ -39,7 +37,7 @@ def measure(experiment: Experiment) -> None:
         net, took = None, {}
         if not names.keys() <= experiment.rows.keys():
             recipe = Recipe(args.steps, lr=learning.LR, seed=args.seed, drop_prompt=share)
-            data = examples.from_toy(sd, "scribble", SCENES, recipe)
+            data = learning.scenes(sd, "scribble", args.examples, keep=not args.quick)
             net, took, _ = learning.controlnet(experiment, f"{share:.0%} dropped", sd, data, recipe)
         for name, prompt in names.items():
             said = {} if prompt is None else {"prompt": [prompt] * len(held_out.scenes)}
@@ -47,11 +45,12 @@ def measure(experiment: Experiment) -> None:
 
 
 def options(add) -> None:
+    add("--examples", type=cli.whole(1), default=learning.SCENES, help="training scenes")
     add("--steps", type=cli.whole(1), default=1500, help="steps of each ControlNet")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return harness.main(__file__, __doc__, measure, argv, scenes=50, options=options, quick={"steps": 2})
+    return harness.main(__file__, __doc__, measure, argv, scenes=50, options=options, quick={"examples": 8, "steps": 2})
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from minicn.trainer import recording, resuming
 
 ROOT = Path(__file__).parents[1]
 RESULTS, SHEETS = ROOT / "experiments" / "results", ROOT / "docs" / "experiments"
+FOLDER = Path("runs/experiments")  # under the one that a command is given in
 FIRST = 1000  # the first held-out scene; benchmarks/toy.py measures on the same
 GUIDANCE = 3.0
 BATCH = 25  # pictures drawn at once, each batch by a seed of its own
@@ -67,7 +68,7 @@ def main(
     add("--scenes", type=cli.whole(2, 10**4), default=scenes, help=f"held-out scenes, from test scene {FIRST} on")
     add("--seed", type=cli.whole(0, 10**9), default=0, help="of the pictures' noise, and of what is trained")
     add("--quick", action="store_true", help="2 scenes and 10 steps, in seconds: shows that it runs, measures nothing")
-    folder = f"runs/experiments/{name}"
+    folder = f"{FOLDER}/{name}"
     add("--output", type=Path, help=f"folder for results, sheet and checkpoints (default: {folder}, with --quick -quick)")
     add("--resume", action="store_true", help="go on after the last row in --output")
     add("--record", action="store_true", help="put results and sheet where the repository keeps them, too")

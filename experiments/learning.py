@@ -1,5 +1,7 @@
 """How the experiments train: any module, by a loss that is a function of the step, with checkpoints for --resume."""
 
+import functools
+import hashlib
 import math
 import statistics
 import time
@@ -8,17 +10,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from harness import Experiment, Figures
+from harness import FOLDER, Experiment, Figures
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minicn import ControlNet, StableDiffusion, training
-from minicn.trainer import recording, resuming
+from minicn import ControlNet, StableDiffusion, toy, training
+from minicn.checkpoints import files
+from minicn.trainer import examples, recording, resuming
 from minicn.training import Examples, Recipe
 
 CHECKPOINT_EVERY = 250  # steps
 HINT_CHANNELS = (8, 16, 32, 64)  # of the toy's ControlNets, as in train_toy.py
 LR = 3e-4  # likewise
+SCENES = 4096  # training scenes, where their number is not the question
+MADE_OF = "minicn.made_of"  # in a kept file's metadata: which model encoded the scenes
+
+
+@functools.lru_cache(maxsize=2)
+def scenes(sd: StableDiffusion, condition: str, count: int = SCENES, keep: bool = True) -> Examples:
+    """Return the toy's first `count` training scenes, encoded, with their hints.
+
+    keep  latents that another run has kept in runs/experiments/ are read instead of computed, and kept
+    """
+    drawn = [(s.image, s.hint(condition), s.caption) for s in toy.scenes(count, "train", condition)]
+    images, hints, captions = zip(*drawn, strict=True)
+    pictures = recording.stack(images)
+    made_of = f"{hashlib.blake2b(pictures.numpy()).hexdigest()} {resuming.digest(sd)}"
+    place = FOLDER / f"latents-{count}.safetensors"
+    kept = files.open_weights(place) if keep and place.is_file() else None
+    if kept and kept.metadata.get(MADE_OF) == made_of:
+        latents = kept.get("latents")
+    else:
+        latents = recording.encode(sd.vae, pictures)
+        if keep:
+            files.write(place, {"latents": latents}, {MADE_OF: made_of})
+    return Examples(latents, recording.stack(hints), *examples.encode_prompts(sd, captions))
+
+
+def first(data: Examples, count: int) -> Examples:
+    """Return the first `count` of some examples."""
+    return Examples(data.latents[:count], data.hints[:count], data.contexts, data.prompt[:count])
 
 
 @dataclass(frozen=True)

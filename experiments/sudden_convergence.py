@@ -21,10 +21,10 @@ from torch import nn
 from minicn import ControlNet, StableDiffusion, toy
 from minicn.commands import cli
 from minicn.toy import measures
-from minicn.trainer import examples, recording
+from minicn.trainer import recording
 from minicn.training import Recipe
 
-CONDITIONS, SEEDS, SCENES = ("depth", "canny"), 3, 4096
+CONDITIONS, SEEDS = ("depth", "canny"), 3
 BEGINS, FOLLOWS = 0.1, 0.5  # scores between which it becomes sudden
 ENDS = 0.6  # the score at which a run ends
 
@@ -58,7 +58,7 @@ def measure(experiment: Experiment) -> None:
     validations: dict[str, recording.Validation] = {}
 
     def run(name: str, condition: str, recipe: Recipe, start: Callable) -> tuple[Figures, list[Image.Image]]:
-        data = examples.from_toy(sd, condition, SCENES, recipe)
+        data = learning.scenes(sd, condition, args.examples, keep=not args.quick)
         if condition not in validations:
             scenes = list(toy.scenes(args.scenes, "test", condition, FIRST))
             shown = [scene.image for scene in scenes], [scene.hint(condition) for scene in scenes]
@@ -115,11 +115,12 @@ def curve(log: list[dict], steps: int) -> Image.Image:
 
 def options(add) -> None:
     add("--steps", type=cli.whole(1), default=1000, help="steps of a run that does not follow before")
+    add("--examples", type=cli.whole(1), default=learning.SCENES, help="training scenes")
     add("--every", type=cli.whole(1, learning.CHECKPOINT_EVERY), default=50, help="steps between scores")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    quick = {"steps": 1, "every": 1}
+    quick = {"steps": 1, "every": 1, "examples": 8}
     return harness.main(__file__, __doc__, measure, argv, scenes=8, options=options, quick=quick)
 
 
