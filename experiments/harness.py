@@ -9,6 +9,7 @@ What is measured is kept row by row, so that --resume goes on after the last one
 """
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -83,8 +84,7 @@ def main(
     args.output = args.output or Path(folder + "-quick" * args.quick)
     with cli.polite_errors(args):
         cli.check_folder(args.output)
-        torch.set_num_threads(args.threads)
-        torch.set_flush_denormal(True)
+        compute(args.threads)
         experiment = Experiment(name, args, defaults)
         try:
             measure(experiment)
@@ -92,6 +92,17 @@ def main(
         finally:
             experiment.release()
     return 0
+
+
+def compute(threads: int) -> None:
+    """Compute with so many threads."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def cpu_seconds() -> float:
+    """Return the processor's seconds of this process, and of those of its own that have ended."""
+    return sum(os.times()[:4])
 
 
 class Experiment:
@@ -106,7 +117,11 @@ class Experiment:
     def __init__(self, name: str, args: Namespace, defaults: dict):
         self.name, self.args, self.folder = name, args, args.output
         self.num_steps = 10 if args.quick else 20
-        own = {key: value for key, value in vars(args).items() if key not in ("output", "resume", "record", "threads")}
+        own = {
+            key: value
+            for key, value in vars(args).items()
+            if key not in ("output", "resume", "record", "threads", "processes")
+        }
         self.settings = {key: str(value) for key, value in own.items()}
         given = [f" --{key.replace('_', '-')} {value}" for key, value in own.items() if value != defaults[key]]
         self.command = f"python experiments/{name}.py" + (" --quick" if args.quick else "".join(given))
@@ -116,9 +131,9 @@ class Experiment:
         self.below: Image.Image | None = None  # what stands under the columns of the sheet
         self.drawn: dict[tuple, list[Image.Image]] = {}  # the bounds' pictures, by their scenes
         self.bounded: list[list[Image.Image]] = []  # the true pictures whose bounds stand in the sheet
-        self.commit, self.earlier, self.found = commit(), 0.0, False
+        self.commit, self.earlier, self.memory, self.found = commit(), 0.0, 0.0, False
         self.begin()
-        self.clock = time.process_time()
+        self.clock = cpu_seconds()
 
     @property
     def file(self) -> Path:
@@ -144,6 +159,7 @@ class Experiment:
         kept = files.read_json(self.file, "the results of an experiment")
         try:
             before, self.earlier = dict(kept["settings"]), float(kept["cpu_seconds"])
+            self.memory = float(kept["memory_gb"])
             self.rows = {str(n): {str(k): float(v) for k, v in row.items()} for n, row in kept["rows"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{self.file} is damaged: remove {self.folder}, or name another --output") from error
@@ -182,12 +198,14 @@ class Experiment:
 
     def write(self) -> None:
         """Keep what is measured so far, with how it was measured."""
+        whose = (resource.RUSAGE_SELF, 1), (resource.RUSAGE_CHILDREN, getattr(self.args, "processes", 0))
+        memory = sum(count * resource.getrusage(who).ru_maxrss for who, count in whose) / 1e6
         content = {
             "command": self.command,
             "seed": self.args.seed,
             "commit": self.commit,
-            "cpu_seconds": round(self.earlier + time.process_time() - self.clock, 1),
-            "memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+            "cpu_seconds": round(self.earlier + cpu_seconds() - self.clock, 1),
+            "memory_gb": round(max(self.memory, memory), 2),
             "settings": self.settings,
             "rows": self.rows,
         }
@@ -195,6 +213,7 @@ class Experiment:
 
     def finish(self) -> None:
         """Draw the sheet, print the table; with --record, keep both in the repository."""
+        self.write()  # with what processes took that have ended since
         conditions.save_image(draw_sheet(self.columns, self.below), self.folder / "sheet.png")
         print("\n".join(table(files.read_json(self.file)["rows"])))
         if self.args.record:

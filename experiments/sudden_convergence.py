@@ -1,14 +1,19 @@
 """When, and how suddenly, does a ControlNet begin to follow? The paper's sudden convergence (X12), and what moves it.
 
-"50,000 steps, and the condition is ignored" is a common complaint. So training is watched by its score, with three seeds,
-and with the released code's start of the hint encoder; for depth maps also with other learning rates, batches, and shares of
-dropped prompts. A run ends when it follows well, or with --steps. Its curve shows the score (black, 0 below, 1 above) and
-the loss (red) on one axis of steps.
+"50,000 steps, and the condition is ignored" is a common complaint. So training is watched by its score, with three seeds
+and two starts of the hint encoder, ours (He's) and the released code's (PyTorch's); for depth maps also with other learning
+rates, batches, and shares of dropped prompts. A run ends when it follows well, or with --steps. Its curve shows the score
+(black, 0 below, 1 above) and the loss (red) on one axis of steps.
 """
 
+import functools
+import multiprocessing
+import os
+import signal
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import harness
@@ -17,6 +22,7 @@ import numpy as np
 from harness import FIRST, GUIDANCE, Experiment, Figures
 from PIL import Image, ImageDraw
 from torch import nn
+from tqdm import tqdm
 
 from minicn import ControlNet, StableDiffusion, toy
 from minicn.commands import cli
@@ -24,9 +30,8 @@ from minicn.toy import measures
 from minicn.trainer import recording
 from minicn.training import Recipe
 
-CONDITIONS, SEEDS = ("depth", "canny"), 3
-BEGINS, FOLLOWS = 0.1, 0.5  # scores between which it becomes sudden
-ENDS = 0.6  # the score at which a run ends
+CONDITIONS, SEEDS, LR = ("depth", "canny"), 3, 1e-3  # three times train_toy.py's learning rate: see what it does
+LEVELS, ENDS = (0.1, 0.5), 0.6  # scores between which it becomes sudden, and at which a run ends
 
 
 def pytorch_start(net: ControlNet) -> None:
@@ -36,58 +41,74 @@ def pytorch_start(net: ControlNet) -> None:
             layer.reset_parameters()
 
 
-def runs(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, Callable]]:
+STARTS = {"He's start": lambda net: None, "PyTorch's start": pytorch_start}  # ours, and the released training code's
+
+
+def runs(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, str]]:
     """Yield name, condition, recipe and start of each run."""
-    plain = lambda net: None  # noqa: E731
     for condition in CONDITIONS:
-        for seed in range(SEEDS):
-            yield f"{condition}, seed {recipe.seed + seed}", condition, replace(recipe, seed=recipe.seed + seed), plain
-        yield f"{condition}, PyTorch's start", condition, recipe, pytorch_start
-    changes = [
-        ("learning rate", "lr", (1e-4, 1e-3)),
-        ("batch", "batch_size", (1, 16)),
-        ("dropped", "drop_prompt", (0.0, 1.0)),
-    ]
-    for words, name, values in changes:
+        for start in STARTS:
+            for seed in range(recipe.seed, recipe.seed + SEEDS):
+                yield f"{condition}, {start}, seed {seed}", condition, replace(recipe, seed=seed), start
+    changes = {"learning rate": ("lr", 1e-4, learning.LR), "batch": ("batch_size", 1, 16), "dropped": ("drop_prompt", 0, 1)}
+    for words, (name, *values) in changes.items():
         for value in values:
-            yield f"depth, {words} {value:g}", "depth", replace(recipe, **{name: value}), plain
+            yield f"depth, {words} {value:g}", "depth", replace(recipe, **{name: value}), "He's start"
+
+
+def begin(args: Namespace) -> None:
+    """Begin a process that trains: Ctrl-C is the main one's, and the only bar."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    harness.compute(args.threads)
+
+
+@functools.cache
+def validation(condition: str, scenes: int, num_steps: int) -> recording.Validation:
+    """Return what watches a training: held-out scenes, drawn in half as many steps as elsewhere."""
+    held_out = list(toy.scenes(scenes, "test", condition, FIRST))
+    shown = [scene.image for scene in held_out], [scene.hint(condition) for scene in held_out]
+    captions, measured = [scene.caption for scene in held_out], measures.measure(condition)
+    model = StableDiffusion.load("toy")
+    return recording.Validation(model, *shown, captions, GUIDANCE, 0, num_steps // 2, measure=measured, wanted=held_out)
+
+
+def run(work: tuple[Namespace, int, str, str, Recipe, str]) -> tuple[Figures, list[Image.Image]]:
+    """Train, watched; return what it took, its curve, and what it draws in the end."""
+    args, num_steps, name, condition, recipe, start = work
+    watch, last = validation(condition, args.scenes, num_steps), []
+    data = learning.scenes(watch.sd, condition, args.examples, keep=not args.quick)
+
+    def score(net: ControlNet) -> float:
+        last[:] = watch.draw(net.eval())
+        net.train()
+        return watch.score(last)
+
+    at, look = Namespace(folder=args.output), {"every": args.every, "until": ENDS}
+    _, took, log = learning.controlnet(at, name, watch.sd, data, recipe, STARTS[start], score, **look)
+    return {**begins(log), **took}, [curve(log, recipe.steps), *last]
 
 
 def measure(experiment: Experiment) -> None:
-    args, sd = experiment.args, StableDiffusion.load("toy")
-    validations: dict[str, recording.Validation] = {}
-
-    def run(name: str, condition: str, recipe: Recipe, start: Callable) -> tuple[Figures, list[Image.Image]]:
-        data = learning.scenes(sd, condition, args.examples, keep=not args.quick)
-        if condition not in validations:
-            scenes = list(toy.scenes(args.scenes, "test", condition, FIRST))
-            shown = [scene.image for scene in scenes], [scene.hint(condition) for scene in scenes]
-            measured, captions = measures.measure(condition), [scene.caption for scene in scenes]
-            validations[condition] = recording.Validation(sd, *shown, captions, GUIDANCE, measure=measured, wanted=scenes)
-        validation, last = validations[condition], []
-
-        def score(net: ControlNet) -> float:
-            last[:] = validation.draw(net.eval())
-            net.train()
-            return validation.score(last)
-
-        _, took, log = learning.controlnet(experiment, name, sd, data, recipe, start, score, every=args.every, until=ENDS)
-        return {**begins(log), **took}, [curve(log, recipe.steps), *last]
-
-    for name, condition, recipe, start in runs(Recipe(args.steps, lr=learning.LR, seed=args.seed, lr_decay=0.0)):
-        experiment.row(name, lambda run_of=(name, condition, recipe, start): run(*run_of))
-    for condition in CONDITIONS:
-        found = [experiment.rows[f"{condition}, seed {args.seed + seed}"] for seed in range(SEEDS)]
+    args = experiment.args
+    todo = list(runs(Recipe(args.steps, lr=LR, seed=args.seed, lr_decay=0.0)))
+    left = [(args, experiment.num_steps, *each) for each in todo if each[0] not in experiment.rows]
+    with multiprocessing.get_context("spawn").Pool(args.processes, begin, (args,)) as pool:
+        found = pool.imap(run, left)
+        for name, *_ in tqdm(todo, desc="runs", unit="run"):
+            experiment.row(name, lambda: next(found))
+    for title in dict.fromkeys(name.rpartition(",")[0] for name in experiment.rows if ", seed " in name):
+        found = [row for name, row in experiment.rows.items() if name.startswith(f"{title}, seed ")]
         steps = [row["step of 0.5"] for row in found if "step of 0.5" in row]
         if len(steps) > 1:
             spread = {"step of 0.5": statistics.fmean(steps), "step, deviation": statistics.stdev(steps)}
-            experiment.row(f"{condition}, mean of {len(steps)} seeds that follow", lambda spread=spread: (spread, []))
+            experiment.row(f"{title}, mean of {len(steps)} seeds that follow", lambda spread=spread: (spread, []))
 
 
 def begins(log: list[dict]) -> Figures:
-    """Return the steps at which the score reached BEGINS and FOLLOWS, interpolated; what was not reached is not there."""
+    """Return the steps at which the score reached LEVELS, interpolated; what was not reached is not there."""
     found: Figures = {"last score": log[-1]["score"] if log else 0.0}
-    for level in (BEGINS, FOLLOWS):
+    for level in LEVELS:
         before = {"step": 0, "score": 0.0}
         for row in log:
             if row["score"] >= level:
@@ -95,8 +116,8 @@ def begins(log: list[dict]) -> Figures:
                 found[f"step of {level}"] = before["step"] + share * (row["step"] - before["step"])
                 break
             before = row
-    if f"step of {FOLLOWS}" in found:
-        found["steps from 0.1 to 0.5"] = found[f"step of {FOLLOWS}"] - found[f"step of {BEGINS}"]
+    if "step of 0.5" in found:
+        found["steps from 0.1 to 0.5"] = found["step of 0.5"] - found["step of 0.1"]
     return found
 
 
@@ -114,8 +135,9 @@ def curve(log: list[dict], steps: int) -> Image.Image:
 
 
 def options(add) -> None:
-    add("--steps", type=cli.whole(1), default=1000, help="steps of a run that does not follow before")
+    add("--steps", type=cli.whole(1), default=1200, help="steps of a run that does not follow before")
     add("--examples", type=cli.whole(1), default=learning.SCENES, help="training scenes")
+    add("--processes", type=cli.whole(1, 64), default=2, help="processes that train")
     add("--every", type=cli.whole(1, learning.CHECKPOINT_EVERY), default=50, help="steps between scores")
 
 

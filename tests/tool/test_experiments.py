@@ -320,16 +320,16 @@ def test_the_step_of_following_lies_between_two_looks():
 
 
 def test_the_runs_are_one_change_apart():
-    """Three seeds and PyTorch's start for each condition; six more of depth, each with one other setting."""
-    recipe = training.Recipe(10, lr=learning.LR, seed=5)
-    runs = {name: (condition, each) for name, condition, each, _ in sudden_convergence.runs(recipe)}
-    assert len(runs) == 14
-    assert {each.seed for name, (_, each) in runs.items() if "seed" in name} == {5, 6, 7}
-    for name, (_, each) in runs.items():
-        changed = [
-            field.name for field in dataclasses.fields(each) if getattr(each, field.name) != getattr(recipe, field.name)
-        ]
-        assert len(changed) == (0 if "start" in name or name.endswith("seed 5") else 1), name
+    """Three seeds and two starts for each condition; six more of depth, each with one other setting."""
+    recipe = training.Recipe(10, lr=sudden_convergence.LR, seed=5)
+    runs = {name: (each, start) for name, _, each, start in sudden_convergence.runs(recipe)}
+    assert len(runs) == 2 * 2 * 3 + 6
+    for name, (each, start) in runs.items():
+        changed = {f.name for f in dataclasses.fields(each) if getattr(each, f.name) != getattr(recipe, f.name)}
+        assert len(changed) == (0 if name.endswith("seed 5") else 1), name
+        assert (changed <= {"seed"}) == ("seed" in name), name
+        assert start == ("PyTorch's start" if "PyTorch" in name else "He's start")
+    assert {each.seed for name, (each, _) in runs.items()} == {5, 6, 7}
     net = ControlNet.from_unet(UNet(another_model.CFG))
     torch.manual_seed(0)
     sudden_convergence.pytorch_start(net)
