@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from harness import FOLDER, Experiment, Figures
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ CHECKPOINT_EVERY = 250  # steps
 HINT_CHANNELS = (8, 16, 32, 64)  # of the toy's ControlNets, as in train_toy.py
 LR = 3e-4  # likewise
 SCENES = 4096  # training scenes, where their number is not the question
+LEVELS = 0.1, 0.5  # scores between which following becomes sudden
 MADE_OF = "minicn.made_of"  # in a kept file's metadata: which model encoded the scenes
 
 
@@ -150,3 +153,32 @@ def controlnet(
     seen = Look(lambda: score(net), **look) if score else None
     took = train(experiment, name, net, loss, steps=recipe.steps, lr=recipe.lr, decay=recipe.lr_decay, look=seen)
     return net.eval(), *took
+
+
+def begins(log: list[dict]) -> Figures:
+    """Return the steps at which the score reached LEVELS, interpolated; what was not reached is not there."""
+    found: Figures = {"last score": log[-1]["score"] if log else 0.0}
+    for level in LEVELS:
+        before = {"step": 0, "score": 0.0}
+        for row in log:
+            if row["score"] >= level:
+                share = (level - before["score"]) / (row["score"] - before["score"])
+                found[f"step of {level}"] = before["step"] + share * (row["step"] - before["step"])
+                break
+            before = row
+    if "step of 0.5" in found:
+        found["steps from 0.1 to 0.5"] = found["step of 0.5"] - found["step of 0.1"]
+    return found
+
+
+def curve(log: list[dict], steps: int) -> Image.Image:
+    """Draw the score (black, 0 to 1) and the loss (red, up to the largest) over the steps, 128x128 pixels."""
+    picture = Image.new("RGB", (toy.SIZE, toy.SIZE), "white")
+    pen, side = ImageDraw.Draw(picture), toy.SIZE - 1
+    largest = max((row["loss"] for row in log), default=1.0)
+    for name, most, colour in (("loss", largest, "red"), ("score", 1.0, "black")):
+        points = [(side * row["step"] / steps, side * (1 - np.clip(row[name] / most, 0, 1))) for row in log]
+        if len(points) > 1:
+            pen.line(points, fill=colour, width=2)
+    pen.rectangle((0, 0, side, side), outline="grey")
+    return picture

@@ -311,24 +311,24 @@ def test_another_model_is_controlled_by_the_same_code():
 def test_the_step_of_following_lies_between_two_looks():
     """Sudden convergence: interpolated between the scores before and after; what is never reached is not there."""
     log = [{"step": 100 * i, "loss": 1.0, "score": score} for i, score in enumerate((0.0, 0.2, 0.2, 0.8), 1)]
-    found = sudden_convergence.begins(log)
+    found = learning.begins(log)
     assert found["step of 0.1"] == pytest.approx(150)
     assert found["step of 0.5"] == pytest.approx(350)
     assert found["steps from 0.1 to 0.5"] == pytest.approx(200)
-    assert sudden_convergence.begins(log[:3]) == {"last score": 0.2, "step of 0.1": pytest.approx(150)}
-    assert sudden_convergence.begins([]) == {"last score": 0.0}
+    assert learning.begins(log[:3]) == {"last score": 0.2, "step of 0.1": pytest.approx(150)}
+    assert learning.begins([]) == {"last score": 0.0}
 
 
 def test_the_runs_are_one_change_apart():
-    """Three seeds and two starts for each condition; six more of depth, each with one other setting."""
+    """Three seeds of each start; six more of depth, each with one other setting."""
     recipe = training.Recipe(10, lr=sudden_convergence.LR, seed=5)
     runs = {name: (each, start) for name, _, each, start in sudden_convergence.runs(recipe)}
-    assert len(runs) == 2 * 2 * 3 + 6
+    assert len(runs) == (2 + 3) * 3 + 6
     for name, (each, start) in runs.items():
         changed = {f.name for f in dataclasses.fields(each) if getattr(each, f.name) != getattr(recipe, f.name)}
         assert len(changed) == (0 if name.endswith("seed 5") else 1), name
         assert (changed <= {"seed"}) == ("seed" in name), name
-        assert start == ("PyTorch's start" if "PyTorch" in name else "He's start")
+        assert start in name or start == "He's start", name
     assert {each.seed for name, (each, _) in runs.items()} == {5, 6, 7}
     net = ControlNet.from_unet(UNet(another_model.CFG))
     torch.manual_seed(0)
