@@ -10,6 +10,7 @@ from pathlib import Path
 TOY_WEIGHTS = Path(__file__).parents[1] / "toy" / "next"
 TOY_BASE = TOY_WEIGHTS / "base"
 TOY_CONTROLNETS = TOY_WEIGHTS / "controlnets"  # a folder for each condition: "toy-canny" is canny/
+CONDITIONS = 11  # the toy's: a wheel holds the ControlNets of some, the repository those of all
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the tokenizer of Stable Diffusion 1.5, for files that carry none
 
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -33,9 +34,10 @@ def resolve(source: str | Path, variant: str | None = None) -> Path:
     if text.startswith("toy-"):
         path = TOY_CONTROLNETS / text.removeprefix("toy-")
         if not path.is_dir():
+            more = f"; minicn's repository holds {CONDITIONS}, in minicn/toy/next/controlnets: name the folder of one"
             raise FileNotFoundError(
-                f"there is no ControlNet {source}; those that are installed: {there or 'none'}; minicn's repository holds "
-                "eleven, in minicn/toy/next/controlnets: name the folder of one"
+                f"there is no ControlNet {source}; those that are installed: {there or 'none'}"
+                + more * (there.count("toy-") < CONDITIONS)
             )
         return path
     parts = text.split("/")

@@ -1,12 +1,21 @@
 """Parsers of command lines: help with defaults, values with ranges, errors in one line. Imports nothing that is slow."""
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable
 
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage, which --help shows."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse, as argparse does; but nothing may be left over, and of an option that is nearly right, name it."""
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            meant = difflib.get_close_matches(extra[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(extra)}" + "".join(f"; did you mean {name}?" for name in meant))
+        return found, extra
 
     def error(self, message: str):
         from minicn.checkpoints.files import printable  # imports torch, a second

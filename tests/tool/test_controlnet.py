@@ -11,6 +11,7 @@ from closeness import assert_as_exact
 from safetensors import safe_open
 
 from minicn import ControlNet, ControlNetConfig, UNet, UNetConfig
+from minicn.checkpoints import hub
 from minicn.fast import GroupNorm
 
 # Files
@@ -73,14 +74,18 @@ def test_a_controlnet_of_another_unet_is_refused(controlnet, tmp_path, layout, t
     assert ControlNet.load(path).cfg.unet == tiny_config  # without a U-Net there is nothing to compare
 
 
-def test_unknown_layouts_and_missing_files_are_refused(controlnet, tmp_path):
+def test_unknown_layouts_and_missing_files_are_refused(controlnet, tmp_path, monkeypatch):
     """Errors name what came and what is known."""
     with pytest.raises(ValueError, match='layout is \'onnx\', but must be "ldm" or "diffusers"'):
         controlnet.save(tmp_path / "x", layout="onnx")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors is not a file or folder"):
         ControlNet.load(tmp_path / "nowhere.safetensors")
-    with pytest.raises(FileNotFoundError, match="no ControlNet toy-unheard-of; those that are installed"):
-        ControlNet.load("toy-unheard-of")
+    with pytest.raises(FileNotFoundError, match="no ControlNet toy-unheard-of; those that are installed: [a-z0-9_, -]*$"):
+        ControlNet.load("toy-unheard-of")  # all are there, in the repository
+    (tmp_path / "canny").mkdir()
+    monkeypatch.setattr(hub, "TOY_CONTROLNETS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="installed: toy-canny; minicn's repository holds 11, in minicn/toy/next"):
+        ControlNet.load("toy-depth")
 
 
 def test_a_file_cut_off_is_refused(controlnet, tmp_path):

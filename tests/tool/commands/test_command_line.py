@@ -33,6 +33,17 @@ def test_every_command_has_its_help(command, capsys):
     assert len(shown) > 200  # its options, too
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("--promt=x", "unrecognized arguments: --promt=x; did you mean --prompt? ("), ("--xyzzy", "arguments: --xyzzy (")],
+)
+def test_an_option_that_is_nearly_right_is_named(given, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["generate", given])
+    assert stop.value.code == 2
+    assert said + "minicn generate --help lists all options)" in capsys.readouterr().err
+
+
 def test_ctrl_c_while_a_command_is_imported_is_a_word(monkeypatch, capsys):
     def stop(name):
         raise KeyboardInterrupt
