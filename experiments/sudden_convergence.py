@@ -1,9 +1,10 @@
 """When, and how suddenly, does a ControlNet begin to follow? The paper's sudden convergence (X12), and what moves it.
 
 "50,000 steps, and the condition is ignored" is a common complaint. So training is watched by its score, with three seeds
-and two starts of the hint encoder, ours (He's) and the released code's (PyTorch's); for depth maps also with other learning
-rates, batches, and shares of dropped prompts. A run ends when it follows well, or with --steps. Its curve shows the score
-(black, 0 below, 1 above) and the loss (red) on one axis of steps.
+and several starts: ours (He's), the released code's (PyTorch's), one without the zero convolution in the hint encoder, and
+for edges a ControlNet for depth maps; for depth maps also with other learning rates, batches, and shares of dropped prompts.
+A run ends when it follows well, or with --steps. Its curve shows the score (black, 0 below, 1 above) and the loss (red) on
+one axis of steps.
 """
 
 import functools
@@ -25,11 +26,12 @@ from tqdm import tqdm
 
 from minicn import ControlNet, StableDiffusion, toy
 from minicn.commands import cli
+from minicn.controlnet import init_he
 from minicn.toy import measures
 from minicn.trainer import recording
 from minicn.training import Recipe
 
-CONDITIONS, SEEDS, LR = ("depth", "canny"), 3, 1e-3  # three times train_toy.py's learning rate: see what it does
+CONDITIONS, LR = ("depth", "canny"), 1e-3  # three times train_toy.py's learning rate: see what it does
 ENDS = 0.6  # the score at which a run ends
 
 
@@ -45,14 +47,24 @@ def depth_start(net: ControlNet) -> None:
     net.load_state_dict(ControlNet.load("toy-depth").state_dict())
 
 
-STARTS = {"He's start": lambda net: None, "PyTorch's start": pytorch_start, "a depth ControlNet": depth_start}
+def not_zero(net: ControlNet) -> None:
+    """Start the hint encoder's last convolution as the others: those behind the copy alone keep the output zero at first."""
+    init_he([net.input_hint_block[-1]])
 
 
-def runs(recipe: Recipe) -> Iterator[tuple[str, str, Recipe, str]]:
+STARTS = {
+    "He's start": lambda net: None,
+    "PyTorch's start": pytorch_start,
+    "encoder's last layer not zero": not_zero,
+    "a depth ControlNet": depth_start,
+}
+
+
+def runs(recipe: Recipe, seeds: int) -> Iterator[tuple[str, str, Recipe, str]]:
     """Yield name, condition, recipe and start of each run."""
     for condition in CONDITIONS:
-        for start in list(STARTS)[: 3 if condition == "canny" else 2]:
-            for seed in range(recipe.seed, recipe.seed + SEEDS):
+        for start in list(STARTS)[: 3 if condition == "depth" else 4]:
+            for seed in range(recipe.seed, recipe.seed + seeds):
                 yield f"{condition}, {start}, seed {seed}", condition, replace(recipe, seed=seed), start
     changes = {"learning rate": ("lr", 1e-4, learning.LR), "batch": ("batch_size", 1, 16), "dropped": ("drop_prompt", 0, 1)}
     for words, (name, *values) in changes.items():
@@ -95,7 +107,7 @@ def run(work: tuple[Namespace, int, str, str, Recipe, str]) -> tuple[Figures, li
 
 def measure(experiment: Experiment) -> None:
     args = experiment.args
-    todo = list(runs(Recipe(args.steps, lr=LR, seed=args.seed, lr_decay=0.0)))
+    todo = list(runs(Recipe(args.steps, lr=LR, seed=args.seed, lr_decay=0.0), args.seeds))
     left = [(args, experiment.num_steps, *each) for each in todo if each[0] not in experiment.rows]
     with multiprocessing.get_context("spawn").Pool(args.processes, begin, (args,)) as pool:
         found = pool.imap(run, left)
@@ -112,12 +124,13 @@ def measure(experiment: Experiment) -> None:
 def options(add) -> None:
     add("--steps", type=cli.whole(1), default=1200, help="steps of a run that does not follow before")
     add("--examples", type=cli.whole(1), default=learning.SCENES, help="training scenes")
+    add("--seeds", type=cli.whole(1, 100), default=3, help="runs of each start")
     add("--processes", type=cli.whole(1, 64), default=2, help="processes that train")
     add("--every", type=cli.whole(1, learning.CHECKPOINT_EVERY), default=50, help="steps between scores")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    quick = {"steps": 1, "every": 1, "examples": 8}
+    quick = {"steps": 1, "every": 1, "examples": 8, "seeds": 1}
     return harness.main(__file__, __doc__, measure, argv, scenes=8, options=options, quick=quick)
 
 

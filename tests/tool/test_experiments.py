@@ -322,8 +322,8 @@ def test_the_step_of_following_lies_between_two_looks():
 def test_the_runs_are_one_change_apart():
     """Three seeds of each start; six more of depth, each with one other setting."""
     recipe = training.Recipe(10, lr=sudden_convergence.LR, seed=5)
-    runs = {name: (each, start) for name, _, each, start in sudden_convergence.runs(recipe)}
-    assert len(runs) == (2 + 3) * 3 + 6
+    runs = {name: (each, start) for name, _, each, start in sudden_convergence.runs(recipe, 3)}
+    assert len(runs) == (3 + 4) * 3 + 6
     for name, (each, start) in runs.items():
         changed = {f.name for f in dataclasses.fields(each) if getattr(each, f.name) != getattr(recipe, f.name)}
         assert len(changed) == (0 if name.endswith("seed 5") else 1), name
