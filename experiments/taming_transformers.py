@@ -26,6 +26,7 @@ from minicn.training import Examples
 
 CONDITION = "ade20k"
 FITTED = 1024  # scenes of whose vectors every eighth makes the code book
+FEWER = 10, 1  # of the likeliest codes: what drawing among that paper's 100 adds by chance
 ROWS = 1000  # steps between the rows that say how it learned
 
 
@@ -58,19 +59,19 @@ class Rival:
         logits = self.net(context, hints, self.tokens[samples])
         return F.cross_entropy(logits.flatten(0, 1), self.tokens[samples].flatten())
 
-    def draw(self, count: int) -> list[Image.Image]:
+    def draw(self, count: int, top_k: int) -> list[Image.Image]:
         """Draw the first held-out scenes from their captions and labels, each batch by its own seed."""
         context, tokens = self.held_out.sd.encode_prompts([s.caption for s in self.held_out.scenes[:count]]), []
         for i in tqdm(range(0, count, BATCH), desc="drawing", unit="batch", leave=False):
             part = slice(i, min(i + BATCH, count))
-            drawn, _ = self.net.sample(context[part], self.held_out.hints[part], self.args.seed + i, self.args.top_k)
+            drawn, _ = self.net.sample(context[part], self.held_out.hints[part], self.args.seed + i, top_k)
             tokens.append(drawn)
         return self.decode(torch.cat(tokens))
 
     def score(self) -> float:
         """Return how well the first eight held-out scenes are followed: what is watched while it learns."""
         scenes, rows = self.held_out.scenes[:8], self.held_out.experiment.rows
-        value = measures.mean(measures.measure(CONDITION), self.draw(len(scenes)), scenes)
+        value = measures.mean(measures.measure(CONDITION), self.draw(len(scenes), self.args.top_k), scenes)
         ceiling, floor = (rows[bound]["measure"] for bound in reversed(self.held_out.bounds))
         return measures.score(value, floor, ceiling)
 
@@ -84,13 +85,16 @@ def measure(experiment: Experiment) -> None:
     took, log = learning.train(experiment, "transformer", rival.net, rival.loss, **settings)
     seen = {"pictures seen": args.steps * args.batch_size}
 
-    def transformer() -> tuple[Figures, list[Image.Image]]:
-        figures, images = held_out.measured(lambda: rival.draw(len(held_out.scenes)))
+    def transformer(top_k: int) -> tuple[Figures, list[Image.Image]]:
+        figures, images = held_out.measured(lambda: rival.draw(len(held_out.scenes), top_k))
         return {**figures, **took, **seen}, images
 
-    experiment.row("Taming Transformers' way", transformer, shown="following")
+    experiment.row("Taming Transformers' way", lambda: transformer(args.top_k), shown="following")
     net = ControlNet.load(f"toy-{CONDITION}", unet=sd.unet)
     held_out.row("ControlNet", net, more={"parameters trained": sum(p.numel() for p in net.parameters())})
+    for top_k in FEWER:
+        name = f"Taming Transformers' way, top-k {top_k}"
+        experiment.row(name, lambda top_k=top_k: transformer(top_k), shown="following")
     experiment.show("following (black) and\ncross-entropy (red) over\nits training", [learning.curve(log, args.steps)])
     for look in log:
         if look["step"] % ROWS == 0 or look is log[-1]:
