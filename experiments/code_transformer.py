@@ -130,12 +130,12 @@ class Transformer(nn.Module):
     def sample(self, context: Tensor, hints: Tensor, seed: int, top_k: int) -> tuple[Tensor, Tensor]:
         """Draw tokens (B, 256), each among the `top_k` likeliest, at temperature 1; return them, and their logits."""
         random, tokens, seen = torch.Generator().manual_seed(seed), [], []
-        x, past = self.start.expand(len(hints), -1, -1) + self.places()[0], [None] * len(self.blocks)
-        x = torch.cat([self.prefix(context, hints), x], 1)
+        places, past = self.places(), [None] * len(self.blocks)
+        x = torch.cat([self.prefix(context, hints), self.start.expand(len(hints), -1, -1) + places[0]], 1)
         for i in range(SIDE**2):
             logits, past = self.follow(x, past)
             best, which = logits[:, -1].topk(min(top_k, logits.shape[2]))
             tokens.append(which.gather(1, best.softmax(1).multinomial(1, generator=random)))
             seen.append(logits[:, -1])
-            x = self.codes(tokens[-1]) + self.places()[min(i + 1, SIDE**2 - 1)]
+            x = self.codes(tokens[-1]) + places[min(i + 1, SIDE**2 - 1)]
         return torch.cat(tokens, 1), torch.stack(seen, 1)

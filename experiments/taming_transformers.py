@@ -113,7 +113,7 @@ def options(add) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    quick = {"examples": 8, "steps": 2, "every": 1, "codes": 16}
+    quick = {"examples": 4, "steps": 1, "every": 1, "codes": 16}
     return harness.main(__file__, __doc__, measure, argv, scenes=50, options=options, quick=quick)
 
 
