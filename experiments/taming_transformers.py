@@ -95,7 +95,7 @@ def measure(experiment: Experiment) -> None:
     for top_k in FEWER:
         name = f"Taming Transformers' way, top-k {top_k}"
         experiment.row(name, lambda top_k=top_k: transformer(top_k), shown="following")
-    experiment.show("following (black) and\ncross-entropy (red) over\nits training", [learning.curve(log, args.steps)])
+    experiment.below = learning.curve(log, args.steps)
     for look in log:
         if look["step"] % ROWS == 0 or look is log[-1]:
             figures = {"cross-entropy": look["loss"], "following so far": look["score"]}
