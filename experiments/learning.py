@@ -73,6 +73,7 @@ def train(
     steps: int,
     lr: float,
     decay: float = 0.3,
+    betas: tuple[float, float] = (0.9, 0.999),
     look: Look | None = None,
 ) -> tuple[Figures, list[dict]]:
     """Train the parameters of a module that require gradients; return what it took, and a log.
@@ -80,13 +81,14 @@ def train(
     name     of the checkpoint in the experiment's folder, from which a resumed run goes on
     loss_of  the loss of a step, from 1: a function of the step and the module alone, so that a resumed run ends alike
     decay    fraction of the steps, at the end, over which the learning rate falls to 0
+    betas    of AdamW
     look     scores the module now and then, for the log: {"step": ..., "loss": ..., "score": ...}
     Raises ValueError, naming the step, if the loss is not finite, or a checkpoint is not what such a run writes.
     """
     path = experiment.folder / "checkpoints" / f"{name}.pt"
     path.parent.mkdir(exist_ok=True)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr, betas, weight_decay=0.01, fused=True)
     done, earlier, log = load(path, module, optimizer) if path.is_file() else (0, 0.0, [])
     began, losses = time.process_time(), []
     for step in tqdm(range(done + 1, steps + 1), desc=name, unit="step", initial=done, total=steps, leave=False):
