@@ -142,9 +142,28 @@ def controlnet(
     change  what a fresh ControlNet is given besides
     score   scores it, for the log, as `look` says
     """
-    torch.manual_seed(recipe.seed)
-    net = ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+    net = fresh(sd, recipe)
     change(net)
+    seen = Look(lambda: score(net), **look) if score else None
+    return net.eval(), *tune(experiment, name, sd, net, data, recipe, seen)
+
+
+def fresh(sd: StableDiffusion, recipe: Recipe) -> ControlNet:
+    """Return a ControlNet as train_toy.py starts it."""
+    torch.manual_seed(recipe.seed)
+    return ControlNet.from_unet(sd.unet, hint_channels=HINT_CHANNELS)
+
+
+def tune(
+    experiment: Experiment,
+    name: str,
+    sd: StableDiffusion,
+    net: ControlNet,
+    data: Examples,
+    recipe: Recipe,
+    look: Look | None = None,
+) -> tuple[Figures, list[dict]]:
+    """Train a ControlNet, and what a recipe unlocks, at one learning rate; return what it took, and its log."""
     sd.prepare(net.train())
     training.apply_regime(sd.unet, net, recipe)
 
@@ -152,9 +171,10 @@ def controlnet(
         batch = data.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, sd.device)
         return training.controlnet_loss(sd.unet, net, batch, sd.alphas_cumprod).mean()  # eq. (10)
 
-    seen = Look(lambda: score(net), **look) if score else None
-    took = train(experiment, name, net, loss, steps=recipe.steps, lr=recipe.lr, decay=recipe.lr_decay, look=seen)
-    return net.eval(), *took
+    module = net if recipe.unlock == "none" else nn.ModuleList([net, sd.unet])
+    took = train(experiment, name, module, loss, steps=recipe.steps, lr=recipe.lr, decay=recipe.lr_decay, look=look)
+    net.eval()
+    return took
 
 
 def begins(log: list[dict]) -> Figures:

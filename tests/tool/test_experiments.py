@@ -190,6 +190,33 @@ def test_a_resumed_training_ends_alike(tmp_path, monkeypatch):
         learning.train(experiment, "whole", nn.Linear(2, 3), lambda step: None, steps=6, lr=0.1)
 
 
+@pytest.mark.parametrize(("unlock", "connect"), [("none", "all"), ("none", "middle"), ("all", "all")])
+def test_what_is_locked_is_not_trained(tmp_path, unlock, connect):
+    """In two steps the zero convolutions change that are connected, and the locked model only where it is unlocked."""
+    sd, first = StableDiffusion.load("toy"), StableDiffusion.load("toy").unet.state_dict()
+    recipe = training.Recipe(2, 2, lr=1e-3, unlock=unlock, connect=connect)
+    net = learning.fresh(sd, recipe)
+    learning.tune(Namespace(folder=tmp_path), "x", sd, net, learning.scenes(sd, "depth", 2, keep=False), recipe)
+    assert all(torch.equal(value, first[name]) for name, value in sd.unet.state_dict().items()) == (unlock == "none")
+    assert bool(net.zero_convs[0][0].weight.any()) == (connect == "all")
+    assert net.middle_block_out[0].weight.any()
+
+
+def test_latents_are_kept_for_the_same_scenes_alone(tmp_path, monkeypatch):
+    """A second run reads them, bit for bit; those of other scenes are not taken for them."""
+    monkeypatch.setattr(learning, "FOLDER", tmp_path)
+    sd, made = StableDiffusion.load("toy"), []
+    encode = learning.recording.encode
+    monkeypatch.setattr(learning.recording, "encode", lambda *args: made.append(1) or encode(*args))
+    fresh = learning.scenes.__wrapped__  # without the cache of this process
+    one, two = fresh(sd, "canny", 2), fresh(sd, "depth", 2)
+    assert torch.equal(one.latents, two.latents)
+    assert made == [1]
+    assert not torch.equal(fresh(sd, "openpose", 2).latents, one.latents)  # scenes with people
+    assert made == [1, 1]
+    assert torch.equal(learning.first(one, 1).latents, one.latents[:1])
+
+
 def test_a_wide_table_is_turned():
     """A row each, until there are more figures than fit beside each other."""
     rows = {"a": {"following": 0.123, "parameters": 1234.0}, "b": {"following": -0.001}}
