@@ -7,8 +7,10 @@ import condition_channels
 import pytest
 import torch
 from code_transformer import SIDE, WORDS, Transformer
+from sketch_guided import SketchGuidance, SketchPredictor, look_inside
 
-from minicn import StableDiffusion, toy
+from minicn import StableDiffusion, ddim, toy
+from minicn.pipeline import Predictor
 from minicn.trainer import recording
 from minicn.training import Examples, Recipe
 
@@ -81,6 +83,76 @@ def test_the_condition_holds_the_whole_caption_and_each_label():
     for label in range(7):
         shares = (blocks == label).float().mean((2, 4)).flatten(1)
         torch.testing.assert_close(pieces[0].unflatten(1, (7, 16))[:, label], shares)
+
+
+# Sketch-guided diffusion
+
+
+@pytest.fixture(scope="module")
+def sketched():
+    """The toy, a predictor that is not trained, a scene's noisy latents, its scribble's latents, and its plain drawing."""
+    torch.manual_seed(0)
+    sd = StableDiffusion.load("toy")
+    sd.prepare()
+    sd.unet.requires_grad_(False)
+    scenes = [toy.scene(i, "test") for i in (0, 1)]
+    captions = [scene.caption for scene in scenes]
+    plain = Predictor(sd.unet, sd.encode_prompts([""] * 2 + captions), 3.0, [], (0, 1), num_steps=2)
+    sketches = recording.encode(sd.vae, recording.stack([scene.hint("scribble") for scene in scenes]))
+    return sd, SketchPredictor(sd.unet.cfg).eval(), torch.randn(2, 4, 16, 16), sketches, plain
+
+
+@torch.no_grad()
+def guided(sketched, beta, share):
+    """Return the latents of a drawing of two steps."""
+    sd, predictor, noise, sketches, plain = sketched
+    guidance = SketchGuidance(plain, predictor, sketches, beta, share)
+    return ddim.sample(guidance.predict, noise, sd.alphas_cumprod, 2, after=guidance.after)
+
+
+def test_sketch_guidance_of_strength_zero_is_plain_drawing(sketched):
+    """With no guided steps bit for bit; with beta 0, too, but for the rounding of a text's half of the batch alone."""
+    sd, _, noise, _, plain = sketched
+    with torch.no_grad(), plain.fast():
+        drawn = ddim.sample(plain, noise, sd.alphas_cumprod, 2)
+    assert torch.equal(guided(sketched, 1.6, 0.0), drawn)
+    assert (guided(sketched, 0.0, 0.5) - drawn).abs().max() < 1e-4
+    assert (guided(sketched, 1.6, 0.5) - drawn).abs().max() > 0.1
+
+
+def test_a_correction_is_as_long_as_beta_says_and_lowers_the_distance(sketched):
+    """alpha |gradient| = beta |z_t - z_(t-1)|, picture by picture; a short one brings the sketch nearer."""
+    sd, predictor, noise, sketches, plain = sketched
+    guidance = SketchGuidance(plain, predictor, sketches, 0.01, 0.5)
+    with torch.no_grad():
+        guidance.predict(noise, 751, 0)
+        stepped = noise + torch.randn_like(noise)
+        corrected = guidance.after(stepped, 0)
+        ratio = (corrected - stepped).flatten(1).norm(dim=1) / (stepped - noise).flatten(1).norm(dim=1)
+        assert torch.allclose(ratio, torch.tensor(0.01), rtol=1e-3)
+        timesteps, distances = torch.full((2,), 751), []
+        for x in (noise, noise + corrected - stepped):
+            _, features = look_inside(sd.unet, x, timesteps, plain.context[2:])
+            distances.append((predictor(features, timesteps) - sketches).square().sum((1, 2, 3)))
+        assert (distances[1] < distances[0]).all()
+        assert guidance.after(stepped, 1) is stepped  # past the guided half
+        guidance.beta = 0
+        assert torch.equal(guidance.after(stepped, 0), stepped)
+
+
+def test_the_sketch_is_predicted_position_by_position(sketched):
+    sd, predictor, noise, _, plain = sketched
+    timesteps = torch.tensor([10, 900])
+    with torch.no_grad():
+        _, features = look_inside(sd.unet, noise, timesteps, plain.context[2:])
+        assert features.shape == (2, 832, 16, 16)
+        other = features.clone()
+        other[0, :, 3, 5] += 1
+        changed = (predictor(other, timesteps) - predictor(features, timesteps)).abs().amax(1)
+        assert changed[0, 3, 5] > 1e-4
+        changed[0, 3, 5] = 0
+        assert changed.max() < 1e-6  # rounding, if sums are split otherwise
+        assert not torch.equal(predictor(features, timesteps), predictor(features, timesteps.flip(0)))
 
 
 # The condition as an input channel
