@@ -10,27 +10,18 @@ from collections.abc import Sequence
 
 import harness
 import learning
-from harness import Experiment, Figures, HeldOut
-from PIL import Image
+from harness import Experiment, HeldOut
 
-from minicn import StableDiffusion, toy
+from minicn import StableDiffusion
 from minicn.commands import cli
-from minicn.toy import judging
 from minicn.training import Recipe
 
 SHARES = (0.0, 0.5, 1.0)  # of the prompts that are dropped
 
 
 def measure(experiment: Experiment) -> None:
-    args, sd, judge = experiment.args, StableDiffusion.load("toy"), judging.Judge.load()
-
-    def things(images: Sequence[Image.Image], scenes: Sequence[toy.Scene]) -> Figures:
-        """The share of pictures that show the scene's things and no other, in whatever colours."""
-        seen = [sorted(judge.see(image)[0].values()) for image in images]
-        right = [found == sorted(thing.kind for thing in s.things) for found, s in zip(seen, scenes, strict=True)]
-        return {"things right": sum(right) / len(right)}
-
-    held_out = HeldOut(experiment, sd, "scribble", also=things)
+    args, sd = experiment.args, StableDiffusion.load("toy")
+    held_out = HeldOut(experiment, sd, "scribble", also=harness.things_right)
     prompts = {"caption": None, "default prompt": sd.defaults.default_prompt, "no prompt": ""}
     for share in SHARES:
         names = {f"{share:.0%} dropped, {name}": prompt for name, prompt in prompts.items()}

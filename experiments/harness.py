@@ -312,6 +312,14 @@ class HeldOut:
         return {**figures, **(self.also(images, self.scenes) if self.also else {})}
 
 
+def things_right(images: Sequence[Image.Image], scenes: Sequence[toy.Scene]) -> Figures:
+    """Return the share of pictures that show their scene's things and no other, in whatever colours."""
+    judge = judging.Judge.load()
+    seen = [sorted(judge.see(image)[0].values()) for image in images]
+    right = [found == sorted(thing.kind for thing in s.things) for found, s in zip(seen, scenes, strict=True)]
+    return {"things right": sum(right) / len(right)}
+
+
 def commit() -> str:
     """Return the commit that is measured, with "+" if files differ from it."""
     done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=ROOT)

@@ -12,6 +12,7 @@ import learning
 import numpy as np
 import part_of_the_steps
 import pen_editing
+import piti
 import pytest
 import simple_objects
 import sudden_convergence
@@ -364,6 +365,41 @@ def test_the_runs_are_one_change_apart():
     first = nn.Conv2d(3, 16, 3)
     assert torch.equal(net.input_hint_block[0].weight, first.weight)
     assert not net.input_hint_block[-1].weight.any()
+
+
+def test_normalised_guidance_keeps_mean_and_deviation():
+    """PITI: each sample's mean and deviation are those of the conditional prediction; at guidance 1 nothing changes."""
+    torch.manual_seed(0)
+    eps_uncond, eps_cond = torch.randn((2, 3, 4, 8, 8), dtype=torch.float64) * torch.arange(1, 4)[:, None, None, None] + 1
+    guided = piti.ddim.guide(eps_uncond, eps_cond, 9.0)
+    found = piti.normalise(guided, eps_cond)
+    for measured in (torch.mean, torch.std):
+        torch.testing.assert_close(measured(found, (1, 2, 3)), measured(eps_cond, (1, 2, 3)))
+        assert (measured(guided, (1, 2, 3)) - measured(eps_cond, (1, 2, 3))).abs().min() > 0.1
+    for one, other in zip(found, guided, strict=True):  # otherwise as guided
+        assert torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1] == pytest.approx(1)
+    torch.testing.assert_close(piti.normalise(piti.ddim.guide(eps_uncond, eps_cond, 1.0), eps_cond), eps_cond)
+
+
+def test_the_first_stage_trains_the_encoder_alone(tmp_path):
+    """PITI: stage 1 leaves the U-Net as it was, bit for bit, stage 2 does not; without guidance normalising does nothing."""
+    experiment, sd = begun(tmp_path, num_steps=2), StableDiffusion.load("toy")
+    experiment.args.examples = 4
+    held_out = harness.HeldOut(experiment, sd, "ade20k")
+    model = piti.Piti(sd, 0)
+    for stage in (1, 2):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        took = piti.train(model, held_out, stage, 1)
+        same = {name.startswith("unet.") for name, p in model.named_parameters() if torch.equal(p, before[name])}
+        assert same == ({True} if stage == 1 else set())
+        of_unet = sum(p.numel() for p in sd.unet.parameters())
+        assert took["parameters trained"] == sum(p.numel() for p in model.parameters()) - of_unet * (stage == 1)
+    plain, normalised, guided = (
+        np.asarray(model.draw(held_out, 1, scale, normal, True)[0], int)
+        for scale, normal in ((1.0, False), (1.0, True), (3.0, False))
+    )
+    assert np.abs(plain - normalised).max() <= 1 < np.abs(plain - guided).max()
+    experiment.release()
 
 
 # What the page says
