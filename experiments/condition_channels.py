@@ -1,14 +1,14 @@
-"""Without ControlNet: the condition as a further input channel of the U-Net, all of it trained on, as for Depth-to-Image.
+"""Without ControlNet: the condition as further input channels of the U-Net, all of it trained on, as for Depth-to-Image.
 
-The ablation (X11), and Stability's way (X14), beside ControlNet after as many steps, and after as much time, for depth and
-Canny edges. What the whole model has forgotten shows where the condition is blank: the paper's reason for locking.
+The ablation (X11), and Stability's way (X14), beside ControlNet after as many steps, for depth and Canny edges. A step of
+either costs about the same, as the table says, so equal steps are equal time. What the whole model has forgotten shows where
+the condition is blank: the paper's reason for locking.
 """
 
 import copy
 import functools
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import harness
 import learning
@@ -18,40 +18,36 @@ from harness import BATCH, GUIDANCE, Experiment, Figures, HeldOut
 from PIL import Image
 from torch import Tensor, nn
 
-from minicn import StableDiffusion, ddim
+from minicn import ControlNet, StableDiffusion, ddim
 from minicn.commands import cli
+from minicn.toy import measures
 from minicn.training import Examples, Recipe
 
-CONDITIONS = ("depth", "canny")
-QUICK = {"condition": "depth", "examples": 8, "steps": 2}
-LR = 1e-4  # of the whole U-Net, as Stable Diffusion was trained
-TRUNK = 0.6  # of the steps: so far both lengths of training are the same, since the learning rate is still constant
-Trained = tuple[Callable[..., list[Image.Image]], Figures]  # what draws the scenes, and what its training took
-ROWS: dict[str, tuple[str, dict]] = {  # what is drawn, by which model, with which settings
-    "ControlNet": ("ControlNet", {}),
-    "input channel, equal steps": ("equal steps", {}),
-    "input channel, equal time": ("equal time", {}),
-    "ControlNet, scale 0": ("ControlNet", {"conditioning_scale": 0.0}),
-    "input channel, black hint": ("equal steps", {"blank": 0.0}),
-    "input channel, grey hint": ("equal steps", {"blank": 0.5}),  # a channel of zeros: the new weights add nothing
-}
+LR = 3e-4  # of the whole U-Net, as of the ControlNets
+LOOK = 8  # scenes of a score
+CHANNELS = {"depth": 1, "canny": 64}
 
 
-def channel(hints: Tensor) -> Tensor:
-    """Average hints (B, 3, 8h, 8w) in [0, 1] over areas: (B, 1, h, w) in [-1, 1], as Stable Diffusion 2 takes depth."""
-    return 2 * F.avg_pool2d(hints.mean(1, keepdim=True), 8) - 1
+def channels(hints: Tensor, count: int) -> Tensor:
+    """Return hints (B, 3, 8h, 8w) in [0, 1] at the latents' size: (B, 1 or 64, h, w) in [-1, 1].
+
+    1   depth, averaged over areas, as Stable Diffusion 2 takes it
+    64  of each latent's 8x8 pixels every one: an average would lose where an edge lies
+    """
+    grey = 2 * hints.mean(1, keepdim=True) - 1
+    return F.avg_pool2d(grey, 8) if count == 1 else F.pixel_unshuffle(grey, 8)
 
 
 class FirstConvolution(nn.Conv2d):
-    """The U-Net's first convolution with one more input channel: `condition`, (B, 1, h, w), set for each batch.
+    """The U-Net's first convolution with more input channels: `condition`, (B, C, h, w), set for each batch.
 
     The new weights are zero, so that at first the U-Net predicts what it did before.
     """
 
-    def __init__(self, before: nn.Conv2d):
-        super().__init__(before.in_channels + 1, before.out_channels, 3, padding=1)
+    def __init__(self, before: nn.Conv2d, more: int):
+        super().__init__(before.in_channels + more, before.out_channels, 3, padding=1)
         with torch.no_grad():
-            self.weight.zero_()[:, :-1].copy_(before.weight)
+            self.weight.zero_()[:, :-more].copy_(before.weight)
             self.get_parameter("bias").copy_(before.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,9 +58,9 @@ class FirstConvolution(nn.Conv2d):
 class Rival:
     """Stable Diffusion with a U-Net of its own, which reads the condition in its first convolution, and is trained on."""
 
-    def __init__(self, sd: StableDiffusion):
-        unet = copy.deepcopy(sd.unet).requires_grad_(True)
-        unet.input_blocks[0][0] = self.first = FirstConvolution(unet.input_blocks[0][0])
+    def __init__(self, sd: StableDiffusion, count: int):
+        self.count, unet = count, copy.deepcopy(sd.unet).requires_grad_(True)
+        unet.input_blocks[0][0] = self.first = FirstConvolution(unet.input_blocks[0][0], count)
         self.sd = StableDiffusion(unet, sd.vae, sd.text_encoder, sd.tokenizer, sd.defaults)
         self.sd.prepare()
 
@@ -72,78 +68,74 @@ class Rival:
         """Return the loss of eq. (10) of the batch that a ControlNet is shown at that step."""
         batch = data.batch(recipe.seed, step, recipe.batch_size, recipe.drop_prompt, self.sd.device)
         x_t = ddim.add_noise(batch.latents, batch.noise, self.sd.alphas_cumprod[batch.timesteps])
-        self.first.condition = channel(batch.hints)
+        self.first.condition = channels(batch.hints, self.count)
         return (self.sd.unet(x_t, batch.timesteps, batch.context) - batch.noise).square().mean()
 
-    def draw(self, held_out: HeldOut, blank: float | None = None) -> list[Image.Image]:
-        """Draw the scenes as HeldOut.draw does, from their hints, or from hints of one value, in [0, 1]."""
-        images, captions = [], [scene.caption for scene in held_out.scenes]
+    def draw(self, held_out: HeldOut, count: int, blank: float | None = None) -> list[Image.Image]:
+        """Draw the first scenes as HeldOut.draw does, from their hints, or from hints of one value, in [0, 1]."""
+        images, captions = [], [scene.caption for scene in held_out.scenes[:count]]
         hints = held_out.hints if blank is None else torch.full_like(held_out.hints, blank)
         settings = {"num_steps": held_out.experiment.num_steps, "guidance_scale": GUIDANCE}
         for i in range(0, len(captions), BATCH):
-            self.first.condition = channel(hints[i : i + BATCH])
+            self.first.condition = channels(hints[i : i + BATCH][: len(captions) - i], self.count)
             images += self.sd.generate(captions[i : i + BATCH], seed=held_out.experiment.args.seed + i, **settings)
         return images
 
 
-class Comparison:
-    """What is trained for a condition, each when it is first asked for."""
+def compare(experiment: Experiment, sd: StableDiffusion, condition: str) -> None:
+    """Measure the ControlNet that ships, and the rival, which is trained for as many steps."""
+    args, held_out = experiment.args, HeldOut(experiment, sd, condition)
+    data, recipe = (
+        learning.scenes(sd, condition, args.examples, keep=not args.quick),
+        Recipe(args.steps, lr=LR, seed=args.seed),
+    )
+    _, took, _ = learning.controlnet(experiment, f"{condition}, timed", sd, data, Recipe(args.timed, lr=learning.LR))
+    a_step = {
+        "seconds a step": 60 * took["minutes of training"] / args.timed,
+        "parameters trained": took["parameters trained"],
+    }
+    net = ControlNet.load(f"toy-{condition}", unet=sd.unet)
+    held_out.row(f"{condition}: ControlNet, 5,000 steps", net, more=a_step)
+    held_out.row(f"{condition}: ControlNet, scale 0", net, conditioning_scale=0.0)
+    rival = Rival(sd, CHANNELS[condition])
 
-    def __init__(self, experiment: Experiment, sd: StableDiffusion, condition: str):
-        self.experiment, self.sd, self.condition, args = experiment, sd, condition, experiment.args
-        self.held_out = HeldOut(experiment, sd, condition)
-        self.recipe = Recipe(args.steps, lr=learning.LR, seed=args.seed)
-        self.data = functools.partial(learning.scenes, sd, condition, args.examples, keep=not args.quick)
+    def score() -> float:
+        value = measures.mean(measures.measure(condition), rival.draw(held_out, LOOK), held_out.scenes[:LOOK])
+        ceiling, floor = (experiment.rows[bound]["measure"] for bound in reversed(held_out.bounds))
+        return measures.score(value, floor, ceiling)
 
-    @functools.cached_property
-    def controlnet(self) -> Trained:
-        name = f"{self.condition} ControlNet"
-        net, took, _ = learning.controlnet(self.experiment, name, self.sd, self.data(), self.recipe)
-        return functools.partial(self.held_out.draw, net), {"steps": self.recipe.steps, **took}
+    loss, name = functools.partial(rival.loss, data, recipe), f"{condition}: input channels"
+    look = learning.Look(score, min(learning.CHECKPOINT_EVERY, args.steps))
+    took, log = learning.train(experiment, name.replace(":", ","), rival.sd.unet, loss, steps=args.steps, lr=LR, look=look)
+    took["seconds a step"] = 60 * took["minutes of training"] / args.steps
 
-    @functools.cached_property
-    def rivals(self) -> dict[str, Trained]:
-        """Train for as many steps as the ControlNet, and for as much time; both go on from the same trunk."""
-        trunk = max(1, int(TRUNK * self.recipe.steps))
-        a_step = self.rival("trunk", trunk, decay=0)[1]["minutes of training"] / trunk
-        lengths = {"steps": self.recipe.steps, "time": max(trunk, round(self.controlnet[1]["minutes of training"] / a_step))}
-        return {f"equal {name}": self.rival(name, steps, self.recipe.lr_decay) for name, steps in lengths.items()}
-
-    def rival(self, name: str, steps: int, decay: float) -> Trained:
-        rival, folder = Rival(self.sd), self.experiment.folder / "checkpoints"
-        place, trunk = (folder / f"{self.condition} {which}.pt" for which in (name, "trunk"))
-        if trunk.is_file() and not place.is_file():
-            shutil.copy(trunk, place)
-        loss = functools.partial(rival.loss, self.data(), self.recipe)
-        took, _ = learning.train(self.experiment, place.stem, rival.sd.unet, loss, steps=steps, lr=LR, decay=decay)
-        return functools.partial(rival.draw, self.held_out), {"steps": steps, **took}
-
-    def measure(self) -> None:
-        for name, (which, settings) in ROWS.items():
-            make = functools.partial(self.drawn, which, settings)
-            self.experiment.row(f"{self.condition}: {name}", make, shown="following")
-
-    def drawn(self, which: str, settings: dict) -> tuple[Figures, list[Image.Image]]:
-        draw, took = self.controlnet if which == "ControlNet" else self.rivals[which]
-        figures, images = self.held_out.measured(lambda: draw(**settings))
+    def drawn(**settings) -> tuple[Figures, list[Image.Image]]:
+        figures, images = held_out.measured(lambda: rival.draw(held_out, len(held_out.scenes), **settings))
         return {**figures, **took}, images
+
+    experiment.row(f"{name}, {args.steps:,} steps", drawn, shown="following")
+    experiment.row(f"{name}, black hint", lambda: drawn(blank=0.0), shown="following")
+    experiment.row(f"{name}, grey hint", lambda: drawn(blank=0.5), shown="following")  # zeros: the new weights add nothing
+    course = {f"after {row['step']:,} steps": row["score"] for row in log if row["step"] % (args.steps // 5 or 1) == 0}
+    experiment.row(f"{name}: following so far", lambda: (course, [learning.curve(log, args.steps)]))
 
 
 def measure(experiment: Experiment) -> None:
     sd = StableDiffusion.load("toy")
-    for condition in CONDITIONS:
-        if experiment.args.condition in ("both", condition):
-            Comparison(experiment, sd, condition).measure()
+    for condition in CHANNELS if experiment.args.condition == "both" else [experiment.args.condition]:
+        compare(experiment, sd, condition)
 
 
 def options(add) -> None:
-    add("--condition", choices=("both", *CONDITIONS), default="both", help="hints to train on")
+    add("--condition", choices=("both", *CHANNELS), default="both", help="hints to train on")
     add("--examples", type=cli.whole(1), default=learning.SCENES, help="training scenes")
-    add("--steps", type=cli.whole(1), default=2000, help="steps of each ControlNet, and of the whole U-Net")
+    add("--steps", type=cli.whole(1), default=5000, help="steps of the whole U-Net; the ControlNets that ship took 5000")
+    add("--timed", type=cli.whole(1), default=25, help="steps of a fresh ControlNet, to time them")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return harness.main(__file__, __doc__, measure, argv, scenes=50, options=options, quick=QUICK)
+    quick = {"condition": "depth", "examples": 8, "steps": 2, "timed": 1}
+    return harness.main(__file__, __doc__, measure, argv, scenes=50, options=options, quick=quick)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         if look and step % look.every == 0:
+            before = time.process_time()
             log.append({"step": step, "loss": statistics.fmean(losses), "score": look.score()})
             losses.clear()
+            began += time.process_time() - before  # to look is not to train
         if step % CHECKPOINT_EVERY == 0 or step == steps or (look and log and log[-1]["score"] >= look.until):
             seconds = earlier + time.process_time() - began
             state = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
